@@ -1,0 +1,152 @@
+"""Carries the bytes of a connection that is logged in; each side has one writer.
+
+The calling thread carries target → client, so it alone writes to the client and can say last words between
+two messages. ``upward`` carries client → target. Each batch that was read is looked at, its events are
+recorded, then it is sent on whole: a slow reader on one side slows the writer on the other, no queue grows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from mmap import mmap
+from typing import Final
+
+from pam_agent.protocols.base import Conversation, TargetProtocolError
+from pam_agent.protocols.postgres.client_side import ClientSide
+from pam_agent.protocols.postgres.codec import HEADER_SIZE, TARGET_KINDS
+from pam_agent.protocols.postgres.framing import COPY_DATA, DATA_ROW, Framer
+from pam_agent.protocols.postgres.pipeline import Pipeline
+from pam_agent.protocols.postgres.target_side import TargetSide
+from pam_agent.protocols.postgres.upward import Upward
+from pam_agent.target_tls import TargetStream
+from pam_common.buffer import IDLE, ReadBuffer
+from pam_common.errors import PamError, RefusedError, TruncatedError, UnavailableError
+from pam_common.secure_channel import deadline
+from pam_common.stream import Stream
+
+#: One read of the target. Larger ones gained nothing; the memory is touched only as far as it is filled.
+DOWN_SIZE: Final = 256 << 10
+#: For the client to close once it has been told the end, before its stream is aborted.
+CLOSE_SECONDS: Final = 1.0
+
+
+class TargetGoneError(UnavailableError):
+    """The target closed in the middle of things."""
+
+
+class Pump:
+    """One connection's traffic. ``name`` is that of the upward thread."""
+
+    def __init__(
+        self,
+        client: Stream,
+        target: TargetStream,
+        conversation: Conversation,
+        pipeline: Pipeline,
+        sides: tuple[ClientSide, TargetSide],
+        name: str,
+    ) -> None:
+        self.bytes_down = 0
+        self._client = client
+        self._target = target
+        self._conversation = conversation
+        self._pipeline = pipeline
+        self._client_side, self._target_side = sides
+        self._up = Upward(client, target, conversation, pipeline, self._client_side, name)
+        bulk = frozenset({DATA_ROW, COPY_DATA})
+        self._down = Framer(TARGET_KINDS, bulk, self._target_side, TargetProtocolError)
+        self._client_gone = False
+
+    @property
+    def bytes_up(self) -> int:
+        return self._up.bytes
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the client has got whole messages only, so that one more can be understood."""
+        return self._down.at_boundary
+
+    def run(self, early_up: bytes, early_down: bytes) -> str:
+        """Carry until either side ends; the words say how. ``early_*`` was read during the login.
+
+        Raises PamError for what the client must be told; ``finish`` must follow in any case.
+        """
+        self._up.start(early_up)
+        try:
+            self._carry_down(early_down)
+        except PamError:
+            self._explain()  # a better reason, if there is one
+            raise
+        self._explain()
+        if self._client_gone or self._up.client_gone:
+            return "client gone"
+        if self._up.client_done or self._client_side.terminated:
+            return "client closed"
+        if self._target_side.last_words is not None:
+            return "target ended the connection"
+        raise TargetGoneError("the target closed the connection unexpectedly")
+
+    def finish(self) -> None:
+        """Both directions end; returns when the upward thread has."""
+        self._target.abort()
+        self._pipeline.close()
+        if not self._up.started:
+            return
+        # The client reads the end and closes. One that does not within a second is cut off.
+        if not (self._client_gone or self._up.client_gone):
+            with contextlib.suppress(OSError, PamError), deadline(self._client, CLOSE_SECONDS):
+                self._client.shutdown(socket.SHUT_WR)
+            self._up.ended(CLOSE_SECONDS)
+        if not self._up.ended(0):
+            self._client.abort()
+            self._up.ended()
+
+    def _explain(self) -> None:
+        """Raise the reason of the end that is known best: the session's, then the other thread's."""
+        reason = self._conversation.end_reason
+        if reason is not None:
+            raise RefusedError(reason)
+        if self._up.failure is not None:
+            raise self._up.failure
+
+    def _carry_down(self, early: bytes) -> None:
+        memory = ReadBuffer(DOWN_SIZE + HEADER_SIZE)
+        buffer, view = memory.memory, memory.view
+        kept = len(early)
+        buffer[:kept] = early  # a login reads less than a buffer
+        fresh = kept
+        while True:
+            if fresh:
+                kept = self._down_batch(buffer, view, kept)
+                if self._client_gone:
+                    return
+            try:
+                if memory.used and self._target.quiet(IDLE):
+                    memory.release()  # not what is kept: that is a header at most
+                fresh = self._target.recv_into(view[kept : kept + DOWN_SIZE])
+            except OSError:
+                return
+            if not fresh:
+                return
+            kept += fresh
+            memory.note(kept)
+
+    def _down_batch(self, buffer: mmap, view: memoryview, end: int) -> int:
+        """Record and forward ``buffer[:end]``; returns how much stays at its front."""
+        safe = self._down.feed(view, end)
+        events = self._target_side.take_events()
+        if events:
+            self._conversation.record(events)
+        if safe:
+            try:
+                self._client.sendall(view[:safe])
+            except (OSError, TruncatedError):
+                self._client_gone = True
+                return 0
+            self.bytes_down += safe
+            self._conversation.touch()
+        kept = end - safe
+        if kept and safe:
+            buffer.move(0, safe, kept)
+        return kept

@@ -1,0 +1,271 @@
+"""The writing half of :class:`pam_common.fast_ssh.packets.Packets`: a queue, sealing, and who waits.
+
+threads that may block ──▶ lock ─┬▶ queue ─▶ seal ─▶ socket
+reader threads ──▶ queue ────────┘  (lock free: they send themselves, without waiting)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TypeAlias
+
+from paramiko import SSHException
+
+from pam_common.fast_ssh.cipher import TAG, Key
+from pam_common.stream import Data
+
+#: Bytes that wait in the queue while the peer does not read, each packet counted with what it costs to
+#: keep. What honest peers are answered is a few small packets per channel.
+MAX_QUEUE = 4 << 20
+PACKET_COST = 256
+#: One send takes so much of the queue at once: beyond it, a system call more costs nothing.
+BATCH = 128 << 10
+#: Counters and a birthday bound in one: OpenSSH rekeys a 128-bit block cipher after 2^32 blocks as well,
+#: where the advantage of an attacker against AES-GCM is below 2^-60. Far from paramiko's 512 MiB, since
+#: each rekey stops both directions for a round trip.
+REKEY_BYTES = 1 << 36
+REKEY_PACKETS = 1 << 31
+#: Padding is taken from so much randomness at a time: it needs no more than to differ (RFC 4253, 6).
+RANDOM = 512
+#: How long a key exchange may take, and so how long senders wait for it.
+REKEY_TIMEOUT = 60.0
+
+
+_KEXINIT = 20
+_LENGTH = struct.Struct(">I")
+_HEADER = struct.Struct(">IB")
+
+#: Two parts of one payload, the first with its type: what is large need not be copied to be sent.
+Packet: TypeAlias = tuple[bytes, Data]
+
+
+class Outgoing:
+    """Sends SSH packets on ``sock``, a connected stream socket in blocking mode."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self.rekey_bytes = REKEY_BYTES
+        self.rekey_packets = REKEY_PACKETS
+        self._closed = False
+        #: Why this side ended the connection, if the peer gave it a reason to.
+        self.fault = ""
+        self._need_rekey = False
+        # Writing; under the lock but for the queue's append.
+        self._lock = threading.Lock()
+        self._key_out: Key | None = None
+        self._sealed = 0  # bytes under the keys before this one
+        self._queue: deque[Packet | Key] = deque()
+        self._held: list[Packet] = []
+        self._queue_lock = threading.Lock()
+        #: What the queue holds, and may hold.
+        self.queued = 0
+        self.max_queued = MAX_QUEUE
+        self._drained: list[Callable[[], None]] = []
+        self._unsent = memoryview(b"")
+        self._random = b""
+        self._flusher = False
+        #: Clear from KEXINIT to NEWKEYS: until then only key exchange may be sent (RFC 4253, 7.1).
+        self._open = threading.Event()
+        self._open.set()
+        self._exchanging = 0.0  # when that began, by the monotonic clock; 0 while it is set
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def close(self) -> None:
+        """End both directions at once and wake every thread; the Transport's thread closes the socket."""
+        self._closed = True
+        self._open.set()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def write_all(self, data: Data) -> None:
+        """Send the identification line, before any packet."""
+        with self._lock:
+            self._write(memoryview(data))
+
+    def send_payload(self, head: bytes, body: Data = b"") -> None:
+        """Send one packet from a thread that may block. Raises EOFError when the connection is gone."""
+        gated = _waits_for_keys(head[0])
+        while True:
+            if gated and not self._open.is_set() and not self._open.wait(REKEY_TIMEOUT):
+                raise SSHException("the key exchange takes too long")
+            self._lock.acquire()
+            try:
+                if self._queue or self._unsent:
+                    self._flush(wait=True)
+                if not gated or self._open.is_set():
+                    self._write(self._seal(head, body))
+                    return
+            finally:
+                self._release()
+
+    def send_soon(self, payload: bytes) -> None:
+        """Send one packet without ever blocking: what the socket does not take is sent by others.
+
+        Raises SSHException when too much waits already: the peer does not read.
+        """
+        self.queue(payload)
+        self.flush_soon()
+
+    def queue(self, head: bytes, body: Data = b"") -> None:
+        """The first half of :meth:`send_soon`; ``body`` must not change any more."""
+        with self._queue_lock:
+            self.queued += len(head) + len(body) + PACKET_COST
+            if self.queued > self.max_queued:
+                raise SSHException("the peer sends and does not read")
+            if head[0] == _KEXINIT:
+                self._begin_exchange()
+            self._queue.append((head, body))
+
+    def flush_soon(self) -> None:
+        """The second half: send what is queued, as far as it goes without waiting."""
+        # When the lock is taken, its owner looks at the queue once more after releasing it.
+        while self._queue and self._lock.acquire(blocking=False):
+            try:
+                if self._flush(wait=False):
+                    continue
+                start, self._flusher = not self._flusher, True
+            finally:
+                self._lock.release()
+            if start:
+                threading.Thread(target=self._flush_later, name="ssh-flush", daemon=True).start()
+            return
+        self._tell_drained()
+
+    def when_drained(self, call: Callable[[], None]) -> None:
+        """Call it once, from any thread, when all that is queued now was sent. It must not block."""
+        with self._queue_lock:
+            self._drained.append(call)
+        self._tell_drained()
+
+    def _tell_drained(self) -> None:
+        if not self._drained:
+            return
+        with self._queue_lock:
+            # Not whether the queue is empty: what was taken from it to be sealed is counted still.
+            if self.queued:
+                return
+            calls, self._drained = self._drained, []
+        for call in calls:
+            call()
+
+    def _release(self) -> None:
+        """Release the lock, then serve what was queued by those who found it taken."""
+        self._lock.release()
+        while self._queue and self._lock.acquire(blocking=False):
+            try:
+                self._flush(wait=True)
+            finally:
+                self._lock.release()
+        self._tell_drained()
+
+    def _flush_later(self) -> None:
+        """Wait for the socket in the reader's stead; the only thread of its kind per connection."""
+        self._lock.acquire()
+        try:
+            self._flusher = False
+            self._flush(wait=True)
+        except EOFError:
+            self.close()
+        finally:
+            # A queue that cannot be sent any more dies with the connection.
+            with contextlib.suppress(EOFError):
+                self._release()
+
+    def _flush(self, *, wait: bool) -> bool:
+        """Send the queue, holding the lock. Returns False when the socket would block."""
+        if self._unsent and not self._write(self._unsent, wait=wait):
+            return False
+        while self._queue:
+            batch = self._next_batch()
+            if batch and not self._write(batch, wait=wait):
+                return False
+        return True
+
+    def _next_batch(self) -> memoryview:
+        """Seal what is queued, up to a batch; what a key exchange forbids is held back."""
+        sealed: list[memoryview] = []
+        size = taken = 0
+        while self._queue and size < BATCH:
+            item = self._queue.popleft()
+            if isinstance(item, Key):
+                self._use_key(item)
+            elif not self._open.is_set() and _waits_for_keys(item[0][0]):
+                self._held.append(item)
+            else:
+                sealed.append(self._seal(*item))
+                size += len(sealed[-1])
+                taken += len(item[0]) + len(item[1]) + PACKET_COST
+        with self._queue_lock:
+            self.queued -= taken
+        return sealed[0] if len(sealed) == 1 else memoryview(b"".join(sealed))
+
+    def _use_key(self, key: Key) -> None:
+        old, self._key_out = self._key_out, key
+        if old is not None:
+            self._sealed += old.used_bytes
+        self._queue.extendleft(reversed(self._held))
+        self._held.clear()
+        self._exchanging = 0.0
+        self._open.set()
+
+    def _begin_exchange(self) -> None:
+        self._open.clear()
+        self._exchanging = self._exchanging or time.monotonic()
+
+    def _write(self, data: memoryview, *, wait: bool = True) -> bool:
+        """Send ``data``, holding the lock; what does not fit without waiting stays in ``_unsent``."""
+        try:
+            while data:
+                data = data[self._socket.send(data, 0 if wait else socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            if wait:  # SO_SNDTIMEO: not one byte in all that time
+                self.fault = self.fault or "the peer takes nothing of what is sent to it"
+                self.close()
+                raise EOFError from None
+            self._unsent = data
+            return False
+        except OSError:
+            raise EOFError from None
+        self._unsent = data
+        return True
+
+    def _seal(self, head: bytes, body: Data = b"") -> memoryview:
+        """Make the packet of a payload, holding the lock."""
+        if head[0] == _KEXINIT:
+            self._begin_exchange()
+        key = self._key_out
+        block = 16 if key else 8
+        payload = len(head) + len(body)
+        # At least 4 bytes; the length counts towards the blocks only where it is encrypted (RFC 5647).
+        padding = 3 + block - (payload + (4 if key else 8)) % block
+        size = 1 + payload + padding
+        if key is None:
+            return memoryview(b"".join((_HEADER.pack(size, padding), head, body, bytes(padding))))
+        length = _LENGTH.pack(size)
+        packet = bytearray(4 + size + TAG)
+        packet[:4] = length
+        if len(self._random) < padding:
+            self._random = os.urandom(RANDOM)
+        noise, self._random = self._random[:padding], self._random[padding:]
+        plain = b"".join((bytes((padding,)), head, body, noise))
+        view = memoryview(packet)
+        key.engine.encrypt_into(key.nonce(), plain, length, view[4:])
+        key.count(len(packet))
+        if key.beyond(self.rekey_bytes, self.rekey_packets):
+            self._need_rekey = True
+        return view
+
+
+def _waits_for_keys(kind: int) -> bool:
+    """RFC 4253, 7.1: during a key exchange only 1-4, 7-19 and 20-49 may be sent."""
+    return kind >= 50 or kind in (5, 6)

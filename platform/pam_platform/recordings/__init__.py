@@ -1,0 +1,1 @@
+"""Recordings: taken in from agents, verified, and shown to those who may see them."""

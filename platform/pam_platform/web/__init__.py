@@ -1,0 +1,1 @@
+"""Web pages for people: sign in, approve a device, look at sessions and recordings."""

@@ -1,0 +1,129 @@
+"""scp, sftp, rsync and git through the interceptor, with real programs at both ends."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def sha(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "a file with spaces"
+    path.write_bytes(os.urandom(3_000_001))
+    return path
+
+
+@pytest.mark.parametrize("mode", [[], ["-O"]], ids=["sftp", "legacy"])
+def test_scp_copies_both_ways(gate, file, tmp_path, mode) -> None:
+    remote, back = tmp_path / "remote", tmp_path / "back"
+    done = gate.run("scp", *mode, str(file), f"me@127.0.0.1:{remote}")
+    assert done.returncode == 0, done.stderr
+    done = gate.run("scp", *mode, f"me@127.0.0.1:{remote}", str(back))
+    assert done.returncode == 0, done.stderr
+    assert sha(file) == sha(remote) == sha(back)
+    gate.ended()
+    if mode:
+        assert [event["command"].split()[:2] for event in gate.kinds("exec")] == [
+            ["scp", "-t"],
+            ["scp", "-f"],
+        ]
+        return
+    files = [event for event in gate.kinds("file") if event["op"] in ("get", "put")]
+    assert [(event["op"], event["path"], event["ok"]) for event in files] == [
+        ("put", str(remote), True),
+        ("get", str(remote), True),
+    ]
+    assert {event["sha256"] for event in files} == {sha(file)}
+    assert {event["bytes"] for event in files} == {3_000_001}
+
+
+def test_an_sftp_batch_is_recorded_file_by_file(gate, file, tmp_path) -> None:
+    folder = tmp_path / "there"
+    batch = tmp_path / "batch"
+    batch.write_text(
+        f'mkdir {folder}\nput "{file}" {folder}/one\nrename {folder}/one {folder}/two\nls {folder}\n'
+        f"symlink {folder}/two {folder}/three\nget {folder}/two {tmp_path}/got\nrm {folder}/three\n"
+        f"chmod 600 {folder}/two\n-rm {folder}/missing\n"
+    )
+    done = gate.run("sftp", "-b", str(batch), "me@127.0.0.1")
+    assert done.returncode == 0, done.stderr
+    assert sha(tmp_path / "got") == sha(file)
+    gate.ended()
+    found = {(event["op"], event.get("ok")) for event in gate.kinds("file")}
+    for op in ("mkdir", "rename", "symlink", "remove", "put", "get"):
+        assert (op, True) in found
+    assert ("remove", False) in found
+    assert gate.kinds("sftp_open")
+    rename = next(event for event in gate.kinds("file") if event["op"] == "rename")
+    assert (rename["path"], rename["to"]) == (f"{folder}/one", f"{folder}/two")
+
+
+def test_file_contents_are_recorded_up_to_the_accounts_budget(sshd, make_gate, tmp_path) -> None:
+    gate = make_gate(sshd, account={"transfer_budget": 100})
+    path = tmp_path / "text"
+    path.write_text("line\n" * 1000)
+    assert gate.run("scp", str(path), f"me@127.0.0.1:{tmp_path}/copy").returncode == 0
+    gate.ended()
+    kept = "".join(event["data"] for event in gate.kinds("data") if event["stream"] == "file")
+    assert kept == ("line\n" * 1000)[:100]
+
+
+def rsh(gate) -> str:
+    return shlex.join(["ssh", *gate.options, "-p", str(gate.port)])
+
+
+def test_rsync_of_a_tree(gate, tmp_path) -> None:
+    if shutil.which("rsync") is None:
+        pytest.fail("rsync is not installed")
+    source = tmp_path / "source"
+    for number in range(2000):
+        path = source / f"d{number % 20}" / f"f{number}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"content of {number}\n" * (number % 50))
+    command = ["rsync", "-a", "-e", rsh(gate), f"{source}/", f"me@127.0.0.1:{tmp_path}/copy/"]
+    subprocess.run(command, check=True, timeout=120)
+    checked = subprocess.run(
+        ["rsync", "-anc", "--delete", "--itemize-changes", f"{source}/", f"{tmp_path}/copy/"],
+        check=True,
+        capture_output=True,
+    )
+    assert checked.stdout == b""
+
+
+def test_git_clones_and_pushes(gate, tmp_path) -> None:
+    env = {
+        **os.environ,
+        "GIT_SSH_COMMAND": rsh(gate),
+        "GIT_CONFIG_GLOBAL": "/dev/null",
+        "HOME": str(tmp_path),
+    }
+
+    def git(*words: str, folder: Path = tmp_path) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=folder, env=env, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    git("init", "-q", "--bare", "-b", "main", "origin.git")
+    git("clone", "-q", f"me@127.0.0.1:{tmp_path}/origin.git", "clone")
+    clone = tmp_path / "clone"
+    (clone / "file").write_text("hello\n")
+    git("add", ".", folder=clone)
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one", folder=clone)
+    git("push", "-q", "origin", "HEAD:main", folder=clone)
+    assert git("log", "--format=%s", "main", folder=tmp_path / "origin.git") == "one\n"
+    gate.ended()
+    assert any("git-receive-pack" in event["command"] for event in gate.kinds("exec"))

@@ -1,0 +1,340 @@
+"""Other pages, other names, other users, broken requests: none of them uses a listener for a web application.
+
+Large bodies pass it with flat memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from chromium import Opened
+from playwright.sync_api import Browser, BrowserContext
+from processes import Process, family, wait_for
+from stack import Person, Stack
+from web_app import PIECE
+from web_servers import WebServers
+
+#: The first test waits for three servers, a browser and the whole product, on a machine under load.
+pytestmark = pytest.mark.timeout(600)
+
+#: What the large transfers carry; CI's machine is small, a person's figure is 1 GiB.
+SIZE = int(os.environ.get("PAM_TEST_WEB_MIB", "256")) << 20
+#: What any part may grow by while it carries them: queues and windows, and what Python keeps of freed memory.
+GROWTH = 48 << 20
+OTHER_UID = 65534
+
+#: Everything that a page can do to another origin; says when it has done it.
+EVIL = """<!doctype html><html><head><title>evil</title></head><body><script>
+async function attack(target) {
+  const tries = [
+    () => fetch(target + "/evil-simple", {credentials: "include"}),
+    () => fetch(target + "/evil-opaque", {credentials: "include", mode: "no-cors"}),
+    () => fetch(target + "/evil-post",
+      {method: "POST", body: "a=1", credentials: "include", mode: "no-cors"}),
+    () => fetch(target + "/evil-json", {method: "PUT", credentials: "include", headers: {"X-A": "1"}}),
+    () => new Promise((done) => {
+      const image = new Image(); image.onload = () => done("loaded"); image.onerror = () => done("no");
+      image.src = target + "/pixel.svg?evil"; }),
+    () => new Promise((done) => {
+      const script = document.createElement("script"); script.onload = () => done("loaded");
+      script.onerror = () => done("no"); script.src = target + "/evil-script";
+      document.head.append(script); }),
+    () => new Promise((done) => {
+      const socket = new WebSocket(target.replace("http:", "ws:") + "/ws?evil");
+      socket.onopen = () => done("open"); socket.onclose = () => done("no"); }),
+    () => new Promise((done) => {
+      const frame = document.createElement("iframe"); frame.onload = () => done("framed");
+      frame.src = target + "/evil-frame"; document.body.append(frame); }),
+  ];
+  const results = [];
+  for (const attempt of tries) {
+    try { const got = await attempt(); results.push(typeof got === "string" ? got : got.status); }
+    catch (error) { results.push("no"); }
+  }
+  return results;
+}
+function post(target) {
+  const form = document.createElement("form");
+  form.method = "post"; form.action = target + "/note";
+  const input = document.createElement("input"); input.name = "text"; input.value = "evil";
+  form.append(input); document.body.append(form); form.submit();
+}
+</script></body></html>"""
+
+
+class EvilPage(BaseHTTPRequestHandler):
+    def log_message(self, *_: object) -> None: ...
+
+    def do_GET(self) -> None:
+        body = EVIL.encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture(scope="module")
+def evil() -> Iterator[str]:
+    """Another site, at home on this machine: ``http://evil.test:PORT``."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), EvilPage)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://evil.test:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join(10)
+
+
+@pytest.mark.parametrize("site", ["evil.test", "evil.localhost"])
+def test_a_page_of_another_origin_cannot_use_the_listener(
+    opened: Callable[..., Opened], context: BrowserContext, web_servers: WebServers, evil: str, site: str
+) -> None:
+    """Abuse case 14. The second site is a sibling below localhost: "same-site", and no more trusted."""
+    one = opened("echo/anyone")
+    one.enter(context)
+    before = len(web_servers.seen())
+
+    def asked() -> set[str]:
+        """Since then, but for what the page that was entered may load late."""
+        late = {"/style.css", "/pixel.svg", "/favicon.ico"}
+        return {path for _, path, _ in web_servers.seen()[before:]} - late
+
+    page = context.new_page()
+    page.goto(evil.replace("evil.test", site))
+    results = page.evaluate("target => attack(target)", one.url)
+    assert results[0] == results[3] == results[4] == results[5] == results[6] == "no"
+    assert "/evil" not in json.dumps(web_servers.seen()[before:])
+    with page.expect_navigation():
+        page.evaluate("target => post(target)", one.url)
+    assert page.title() == "403 Forbidden"
+    assert asked() == set()
+    # A link that is followed leads to a page of ours, and on if the person says so.
+    page.goto(evil.replace("evil.test", site))
+    with page.expect_navigation():
+        page.evaluate("target => { location.href = target + '/?followed' }", one.url)
+    assert asked() == set()
+    with page.expect_navigation():
+        page.click("text=Continue")
+    assert asked() == {"/?followed"}
+
+
+def test_a_name_that_was_rebound_cannot_use_the_listener(
+    opened: Callable[..., Opened], context: BrowserContext, web_servers: WebServers
+) -> None:
+    """Abuse case 14: the page's own name leads to this machine meanwhile, so all of it is same-origin."""
+    one = opened("echo/anyone")
+    one.enter(context)
+    before = web_servers.seen()
+    page = context.new_page()
+    for name in ("rebound.test", "localhost", "127.0.0.1", "other.echo.localhost"):
+        answer = page.goto(f"http://{name}:{one.port}/")
+        assert answer is not None
+        assert (name, answer.status) == (name, 403)
+        assert "the request is for another host" in page.inner_text("body")
+    assert web_servers.seen() == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_another_user_of_the_machine_cannot_use_it(
+    opened: Callable[..., Opened], context: BrowserContext, web_servers: WebServers, host: str
+) -> None:
+    """Not even with what lets the browser in."""
+    one = opened("echo/anyone")
+    link = one.link
+    one.enter(context)
+    (cookie,) = context.cookies()
+    assert cookie["httpOnly"]
+    assert cookie["sameSite"] == "Strict"
+    before = web_servers.seen()
+    script = (
+        "import os, socket, sys; os.setuid(int(sys.argv[1]))\n"
+        "s = socket.socket(socket.AF_INET6 if ':' in sys.argv[2] else socket.AF_INET); s.settimeout(30)\n"
+        "s.connect((sys.argv[2], int(sys.argv[3])))\n"
+        "s.sendall(sys.stdin.buffer.read()); print(s.recv(100))"
+    )
+    for path in ("/", link.removeprefix(one.url)):
+        shown = f"{cookie['name']}={cookie['value']}"
+        head = f"GET {path} HTTP/1.1\r\nHost: {one.url[7:]}\r\nCookie: {shown}\r\n\r\n"
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(OTHER_UID), host, str(one.port)],
+            input=head.encode(),
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert b"HTTP/1.1" not in done.stdout
+        assert b"b''" in done.stdout or b"ConnectionResetError" in done.stderr or b"BrokenPipe" in done.stderr
+    assert web_servers.seen() == before
+    assert "not of this user" in one.stop()[1]
+
+
+#: Requests that two readers could take for different ones (RFC 9112, 11.2), or that ask for too much.
+_POST = "POST /note HTTP/1.1\r\nHost: {host}\r\n"
+SMUGGLED = {
+    "both lengths": _POST + "Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "two lengths": _POST + "Content-Length: 4\r\nContent-Length: 5\r\n\r\nabcd",
+    "a signed length": _POST + "Content-Length: +4\r\n\r\nabcd",
+    "folding": "GET / HTTP/1.1\r\nHost: {host}\r\nX-A: 1\r\n X-B: 2\r\n\r\n",
+    "a space before the colon": "GET / HTTP/1.1\r\nHost: {host}\r\nTransfer-Encoding : chunked\r\n\r\n",
+    "an unknown coding": _POST + "Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "a bad chunk": _POST + "Transfer-Encoding: chunked\r\n\r\n0x3\r\nabc\r\n0\r\n\r\n",
+    "a bare line feed": "GET / HTTP/1.1\nHost: {host}\n\n",
+    "two hosts": "GET / HTTP/1.1\r\nHost: {host}\r\nHost: other\r\n\r\n",
+    "no host": "GET / HTTP/1.1\r\n\r\n",
+    "an absolute address": "GET http://127.0.0.1:1/ HTTP/1.1\r\nHost: {host}\r\n\r\n",
+    "a tunnel": "CONNECT 127.0.0.1:22 HTTP/1.1\r\nHost: {host}\r\n\r\n",
+    "an endless head": "GET / HTTP/1.1\r\nHost: {host}\r\nX-A: " + "x" * 200_000,
+}
+
+
+def test_requests_that_two_readers_could_take_for_different_ones(
+    web_alice: Person, web_servers: WebServers, tmp_path: Path
+) -> None:
+    requests = tmp_path / "requests.json"
+    requests.write_text(json.dumps(SMUGGLED))
+    script = """
+import json, os, socket, sys
+host = os.environ["PAM_URL"].removeprefix("http://")
+name, _, port = host.partition(":")
+answers = {}
+for what, request in json.load(open(sys.argv[1])).items():
+    with socket.create_connection((name, int(port)), timeout=60) as program:
+        heard = b""
+        try:
+            program.sendall(request.replace("{host}", host).encode())
+            program.shutdown(socket.SHUT_WR)
+            while data := program.recv(65536):
+                heard += data
+        except OSError:
+            pass
+    answers[what] = heard.decode("latin-1")
+print(json.dumps(answers))
+"""
+    before = web_servers.seen()
+    done = web_alice.run("connect", "echo/token", "--", sys.executable, "-c", script, str(requests))
+    for what, answer in json.loads(done.stdout).items():
+        assert re.match(r"HTTP/1\.1 4\d\d |$", answer), (what, answer[:200])
+        assert answer.count("HTTP/1.1") <= 1, what
+    assert web_servers.seen() == before
+
+
+class Growth:
+    """The resident memory of some processes, and how far above its beginning it ever was."""
+
+    def __init__(self, processes: list[Process]) -> None:
+        self._processes = processes
+        self._first = [process.resident() for process in processes]
+        self.most = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Growth:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join(30)
+
+    def _run(self) -> None:
+        while not self._done.wait(0.1):
+            now = [process.resident() for process in self._processes]
+            grown = [after - before for before, after in zip(self._first, now, strict=True)]
+            self.most = max(self.most, *grown)
+
+
+#: Downloads and uploads by PAM_URL; prints sizes, hashes, and by how much its own parent, the client, grew.
+TRANSFER = """
+import hashlib, http.client, json, os, sys, threading, time
+host, size, piece = os.environ["PAM_URL"].removeprefix("http://"), int(sys.argv[1]), bytes(range(256)) * 256
+def resident():
+    return int(open(f"/proc/{os.getppid()}/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def ask(*request):
+    link = http.client.HTTPConnection(host, timeout=120)
+    link.request(*request)
+    return link.getresponse()
+ask("GET", "/bytes/1000000").read()
+first, most, done = resident(), 0, threading.Event()
+def watch():
+    global most
+    while not done.wait(0.1):
+        most = max(most, resident() - first)
+threading.Thread(target=watch, daemon=True).start()
+began = time.monotonic()
+answer, digest, got = ask("GET", f"/bytes/{size}"), hashlib.sha256(), 0
+while data := answer.read(1 << 16):
+    digest.update(data); got += len(data)
+down = time.monotonic() - began
+body = (piece for _ in range(size // len(piece)))
+up = ask("POST", "/upload", body, {"Content-Length": str(size // len(piece) * len(piece))})
+said = json.loads(up.read())
+done.set()
+print(json.dumps({"got": got, "sha256": digest.hexdigest(), "up": said, "grown": most,
+    "seconds": [round(down, 2), round(time.monotonic() - began - down, 2)]}))
+"""
+
+
+def test_large_bodies_go_both_ways_with_flat_memory(
+    web_stack: Stack, web_alice: Person, web_servers: WebServers
+) -> None:
+    parts = [web_stack.processes[name] for name in ("relay", "dc1-a")]
+    web_alice.run("connect", "files/reader", "--", sys.executable, "-c", TRANSFER, str(1 << 20))
+    with Growth(parts) as growth:
+        done = web_alice.run(
+            "connect", "files/reader", "--", sys.executable, "-c", TRANSFER, str(SIZE), timeout=1200
+        )
+    said = json.loads(done.stdout)
+    digest = hashlib.sha256()
+    for _ in range(SIZE // len(PIECE)):
+        digest.update(PIECE)
+    assert said["got"] == said["up"]["bytes"] == SIZE
+    assert said["sha256"] == said["up"]["sha256"] == digest.hexdigest()
+    print(f"{SIZE >> 20} MiB down and up in {said['seconds']} s; grown: {growth.most >> 20} MiB at most,")
+    print(f"the client {said['grown'] >> 20} MiB")
+    assert growth.most < GROWTH
+    assert said["grown"] < GROWTH
+
+
+def test_what_lets_the_browser_in_is_nowhere_to_be_read(
+    opened: Callable[..., Opened], browser: Browser, context: BrowserContext, web_stack: Stack
+) -> None:
+    """Not in an argument, an environment or a log; what the app got is tested with the cookies."""
+    one = opened("echo/anyone")
+    ticket = one.link.partition("t=")[2]
+    one.enter(context)
+    (cookie,) = (found["value"] for found in context.cookies() if found["name"].startswith("__pam-"))
+    shown = b""
+    for pid in [one.process.pid, *family(one.process.pid)]:
+        for what in ("cmdline", "environ"):
+            shown += Path(f"/proc/{pid}/{what}").read_bytes()
+    for process in web_stack.processes.values():
+        shown += process.log.read_bytes()
+    shown += one.stop()[1].encode()
+    for secret in (ticket, cookie):
+        assert secret.encode() not in shown
+
+
+def test_after_the_end_nothing_listens(opened: Callable[..., Opened], context: BrowserContext) -> None:
+    one = opened("echo/anyone")
+    one.enter(context)
+    one.stop()
+
+    def refused() -> bool:
+        with socket.socket() as program:
+            return program.connect_ex(("127.0.0.1", one.port)) != 0
+
+    wait_for(refused, "the end of the listener")
