@@ -7,6 +7,7 @@ import pty
 import select
 import shlex
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -355,6 +356,40 @@ def test_ssh_proxy_ends_its_session_when_it_is_told_to(
         process.stdout.close()
         assert process.stdin
         process.stdin.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_ssh_proxy_ends_its_session_although_ssh_has_gone_before(
+    number: signal.Signals, server: Any, connecting: Any, command: Any, environment: dict[str, str]
+) -> None:
+    """ssh hangs up when it is done: in the middle of a connect, or when the end is being told already."""
+    process: list[subprocess.Popen[bytes]] = []
+
+    def ended(_form: object) -> tuple[int, dict[str, Any]]:
+        process[0].send_signal(signal.SIGHUP)
+        server.ended.append(server.sessions[-1])
+        return 200, {}
+
+    def session(_form: object) -> tuple[int, dict[str, Any]]:
+        status, answer = server.connect(_form)
+        connecting.answers["POST", f"/api/v1/sessions/{server.sessions[-1]}/end"] = ended
+        return status, answer
+
+    connecting.answers["POST", "/api/v1/connect"] = session
+    process.append(
+        subprocess.Popen(
+            command("ssh-proxy", "web-01/deploy"),
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+    )
+    with process[0] as running:
+        assert running.stdout
+        assert running.stdout.readline().startswith(b"SSH-2.0-")
+        running.send_signal(number)
+        assert running.wait(60) == 0
+        assert server.ended == server.sessions
 
 
 # --- a UNIX socket instead of a port -------------------------------------------------------------------

@@ -471,6 +471,12 @@ def test_sessions_are_listed_by_state_and_page(alice, new_session):
     assert listed(before="s-nothing") == []
 
 
+def test_sessions_of_one_second_are_listed_in_the_order_of_connecting(alice, granted):
+    order = [granted["session"], *(alice.connect().json()["session"] for _ in range(5))]
+    listed = alice.call("GET", "/sessions").json()["sessions"]
+    assert [row["id"] for row in listed] == order[::-1]
+
+
 def claims(token):
     import jwt
 

@@ -20,6 +20,7 @@ from pam_client.api import Api
 from pam_client.carry import announcing
 from pam_client.commands import ENDED_BY_OTHERS, App, complete_account, examples, pass_app
 from pam_client.dial import Dialer
+from pam_client.ending import told
 from pam_client.grants import Grants
 from pam_client.home import Home, has_peer_check
 from pam_client.launch import Launch, Place, launch_for
@@ -30,9 +31,6 @@ from pam_client.session import Session, SessionKeys, parse
 from pam_client.watch import Watch
 from pam_client.web.opening import opened
 from pam_common.errors import PamError
-from pam_common.logging import get_logger, kv
-
-log = get_logger("client.connect")
 
 
 @click.command(
@@ -96,7 +94,7 @@ def connect(
     api = app.api()
     found = _find(api, resource, command)
     grants = Grants(lambda: request(api, resource, label or None), end=api.end, now=api.now)
-    try:
+    with told(api, grants):
         launch = launch_for(grants.current.protocol)
         if no_open and launch.origin is None:
             raise click.UsageError(f"{grants.current.account} is not a web application; leave --no-open out")
@@ -110,8 +108,6 @@ def connect(
                 return _closing(child.run(found, launch.environment(at, os.environ)), grants, watch)
             shown = _shown(app.home, launch, at, grants.current, no_open=no_open)
             return _stay(grants, listener, watch, shown)
-    finally:
-        end(api, grants.current)
 
 
 @contextlib.contextmanager
@@ -169,14 +165,6 @@ def request(api: Api, resource: str, label: str | None) -> Session:
     """A session with keys of its own."""
     keys = SessionKeys()
     return parse(api.connect(resource, label, keys), keys)
-
-
-def end(api: Api, session: Session) -> None:
-    """Tell the platform; what it does not hear ends by itself, so a failure is only logged."""
-    try:
-        api.end(session.id)
-    except PamError as error:
-        log.info("the end was not told to the platform", extra=kv(session=session.id, error=error))
 
 
 def _find(api: Api, resource: str, command: tuple[str, ...]) -> list[str]:

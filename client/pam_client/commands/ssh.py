@@ -13,8 +13,9 @@ import click
 
 from pam_client.api import Api
 from pam_client.commands import ENDED_BY_OTHERS, App, complete_account, examples, pass_app
-from pam_client.commands.connect import end, request
+from pam_client.commands.connect import request
 from pam_client.dial import Dialer
+from pam_client.ending import told
 from pam_client.grants import Grants
 from pam_client.output import clean, say
 from pam_client.ssh import config, known_hosts
@@ -40,7 +41,7 @@ def ssh_proxy(app: App, account: str) -> int:
     resource, _, label = account.partition("/")
     api = app.api()
     grants = Grants(lambda: request(api, resource, label or None), end=api.end, now=api.now)
-    try:
+    with told(api, grants):
         if grants.current.protocol != "ssh":
             raise PamError(
                 f"{grants.current.account} is not an SSH server",
@@ -49,8 +50,6 @@ def ssh_proxy(app: App, account: str) -> int:
         # Before the first byte: ssh reads the file when it has the host key.
         known_hosts.write(app.home, api.platform, grants.current.interceptor_host_ca)
         return _splice(api, grants)
-    finally:
-        end(api, grants.current)
 
 
 def _splice(api: Api, grants: Grants) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from django.conf import settings
@@ -116,8 +115,8 @@ def _require_room(user: User) -> None:
 
 
 def _create(user: User, account: Account, rule: Rule, noise_key: bytes) -> Session:
-    # Whole seconds: what is stored is what the grant says.
-    now = datetime.fromtimestamp(int(time.time()), UTC)
+    granted = timezone.now()  # to the microsecond: lists are in the order of connecting
+    now = granted.replace(microsecond=0)  # what is stored of the grant is what it says, in whole seconds
     return Session.objects.create(
         id=new_session_id(),
         user=user,
@@ -129,7 +128,7 @@ def _create(user: User, account: Account, rule: Rule, noise_key: bytes) -> Sessi
         policy_name=rule.name,
         review_groups=list(rule.review_groups),
         client_key=b64encode(noise_key),
-        granted=now,
+        granted=granted,
         grant_expires=now + timedelta(seconds=min(GRANT_LIFETIME, rule.max_duration)),
         session_end=now + timedelta(seconds=rule.max_duration),
         idle_limit=rule.idle_limit,

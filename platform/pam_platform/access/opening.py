@@ -111,7 +111,8 @@ def _bind(session_id: str, agent: Agent) -> tuple[Session, Account, Rule]:
     session.agent, session.agent_name, session.state = agent, agent.name, Session.State.ACTIVE
     session.opened = session.opened or now
     # Policy may have become stricter since connect, never looser.
-    session.session_end = min(session.session_end, session.granted + timedelta(seconds=rule.max_duration))
+    granted = session.granted.replace(microsecond=0)
+    session.session_end = min(session.session_end, granted + timedelta(seconds=rule.max_duration))
     session.idle_limit = min((x for x in (session.idle_limit, rule.idle_limit) if x), default=0)
     session.part = begin_part(session.pk, agent.name, agent.identity_key).number
     session.save()
