@@ -65,6 +65,10 @@ def test_leaked_keys_are_withdrawn_under_a_running_product(stack, alice, connect
     for _, kid in replaced:
         stack.platform("keys", "distrust", kid)
     wait_for(lambda: not any(knows(stack, kid) for _, kid in replaced), "the old keys to be gone", timeout=60)
+    # The agent's tunnel stood on a certificate of the old key: it is cut, and made anew under the new one.
+    log = stack.folder / "relay.log"
+    wait_for(lambda: "route lost" in log.read_text(), "the cut", timeout=60)
+    wait_for(lambda: stack.status("pam-relay", "relay")["routes"], "the agent to be back", timeout=60)
     with connect(alice) as connected, connected.open() as connection:
         one(connection, 8)
 
