@@ -23,7 +23,7 @@ def test_a_command_gets_a_database_without_a_password(alice, replay) -> None:
         "connect", "demo-db/readonly", "--", "psql", "-XAt", "-c", "select current_user, 'marker-1'"
     )
     assert "demo_db_ro|marker-1" in done.stdout
-    events = replay(alice, newest(alice))
+    events = replay(alice, alice.newest())
     assert any("marker-1" in event.get("sql", "") for event in events)
     assert any(event["kind"] == "result" and event.get("tag") == "SELECT 1" for event in events)
 
@@ -216,10 +216,6 @@ def test_the_port_of_a_resource_stays_the_same(alice) -> None:
         )
 
     assert port() == port() != str(free_port())
-
-
-def newest(person) -> str:
-    return rows(person)[0]["id"]
 
 
 def rows(person):

@@ -93,10 +93,6 @@ def run(person: Person, *words: str, account: str = "web-01/deploy", **options: 
     )
 
 
-def newest(person: Person) -> str:
-    return str(json.loads(person.run("sessions", "ls", "--json").stdout)[0]["id"])
-
-
 @contextlib.contextmanager
 def asleep(person: Person, tmp_path: Path) -> Iterator[tuple[Process, str]]:
     """A command that does not end by itself, and its session."""
@@ -104,7 +100,7 @@ def asleep(person: Person, tmp_path: Path) -> Iterator[tuple[Process, str]]:
     process = Process("ssh", command, tmp_path / "ssh.log", env=person.environment())
     try:
         wait_for(lambda: "started" in process.tail(), "the command")
-        yield process, newest(person)
+        yield process, person.newest()
     finally:
         process.stop()
 
@@ -112,7 +108,7 @@ def asleep(person: Person, tmp_path: Path) -> Iterator[tuple[Process, str]]:
 def test_a_command_runs_and_is_recorded(alice: Person, replay: Callable[..., list[dict[str, Any]]]) -> None:
     done = run(alice, "echo marker-$((40+2)); exit 3")
     assert (done.stdout, done.returncode) == ("marker-42\n", 3), done.stderr
-    events = replay(alice, newest(alice))
+    events = replay(alice, alice.newest())
     kinds = [event["kind"] for event in events]
     assert kinds.index("ssh_login") < kinds.index("exec") < kinds.index("exit") < kinds.index("end")
     assert any(event["kind"] == "data" and "marker-42" in event["data"] for event in events)
@@ -136,7 +132,7 @@ def test_the_secret_of_the_account_is_nowhere_in_the_recording(
     alice: Person, sshd: SshServer, replay: Callable[..., list[dict[str, Any]]]
 ) -> None:
     assert run(alice, "true").returncode == 0
-    text = json.dumps(replay(alice, newest(alice)))
+    text = json.dumps(replay(alice, alice.newest()))
     key = "".join(sshd.key.read_text().splitlines()[1:-1])
     assert "PRIVATE KEY" not in text
     assert key[40:80] not in text
@@ -217,7 +213,7 @@ def test_a_changed_host_key_of_a_jump_host_is_refused_like_the_targets(
 
 def _alarm(stack: Stack, person: Person) -> dict[str, Any]:
     """The one alarm about the person's newest session, as an auditor sees it."""
-    session, auditor = newest(person), stack.person("auditor").web()
+    session, auditor = person.newest(), stack.person("auditor").web()
 
     def found() -> list[dict[str, Any]]:
         events = auditor.get(f"{stack.url}/api/v1/audit", timeout=60).json()["events"]

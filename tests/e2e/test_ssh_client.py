@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import pyte
 import pytest
-from processes import free_port, wait_for
+from processes import Process, free_port, listens, wait_for
 from ssh_server import SshServer
 from stack import BIN, Person, Stack
 
-#: Not in the recording, and unlike anything that is.
-TYPED_SECRET = "xyzzy-plugh-27"
+#: A tree and a file as large as people copy.
+TREE_FILES = 10_000
+LARGE_MIB = int(os.environ.get("PAM_TEST_SSH_MIB", "2048"))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,23 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory, sshd: SshServer) -> Iterator[Stack]:
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of a web server whose page says ``reached``."""
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "index.html").write_text("reached")
+    handler = functools.partial(_QuietHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+class _QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, sshd: SshServer, page: int) -> Iterator[Stack]:
     """The server as web-01, of which nobody knows the host keys yet."""
     with Stack(tmp_path_factory.mktemp("stack")) as running:
         place = {"protocol": "ssh", "gateway": "dc1", "host": "127.0.0.1", "port": sshd.port}
@@ -47,6 +63,15 @@ def stack(tmp_path_factory: pytest.TempPathFactory, sshd: SshServer) -> Iterator
                 "ssh": {"allow": ["shell", "exec", "sftp"], "env": ["LANG", "LC_*"]},
             },
             {"name": "cert", **by_certificate},
+            {
+                "name": "tunnels",
+                **by_key,
+                "ssh": {
+                    "allow": ["local-forward", "remote-forward"],
+                    "forward_to": [f"127.0.0.1:{page}"],
+                    "remote_bind": ["127.0.0.1:*"],
+                },
+            },
         ]
         running.resources.append({"name": "web-01", **place, "accounts": accounts})
         single = [{"name": "deploy", **by_key}]
@@ -89,10 +114,6 @@ def program(alice: Person, config: Path) -> Callable[..., Any]:
             raise AssertionError(f"{error}\n{error.stdout}\n{error.stderr}\n{alice.stack.logs()}") from None
 
     return run
-
-
-def newest(person: Person) -> str:
-    return str(json.loads(person.run("sessions", "ls", "--json").stdout)[0]["id"])
 
 
 # --- who the server is ---------------------------------------------------------------------------------
@@ -151,7 +172,7 @@ def test_a_login_by_a_certificate_of_the_session(alice: Person, sshd: SshServer,
     done = alice.run("connect", "web-01/cert", "--", "echo certified")
     assert done.stdout == "certified\n"
     # The server's own log names the person and the session.
-    wait_for(lambda: f"ID alice/{newest(alice)}" in sshd.log.read_text(), "the server's log line")
+    wait_for(lambda: f"ID alice/{alice.newest()}" in sshd.log.read_text(), "the server's log line")
 
 
 def test_a_listener_for_programs_that_need_a_port(alice: Person) -> None:
@@ -164,97 +185,6 @@ def test_a_listener_for_programs_that_need_a_port(alice: Person) -> None:
     finally:
         process.terminate()
         process.wait(60)
-
-
-class Tmux:
-    """pam-client in a real terminal emulator of 100 by 30."""
-
-    def __init__(self, person: Person, *words: str) -> None:
-        self.socket = f"pam-{os.getpid()}-{time.monotonic_ns()}"
-        self.person = person
-        self.do("new-session", "-d", "-x", "100", "-y", "30", shlex.join(person.command(*words)))
-
-    def do(self, *words: str) -> str:
-        command = ["tmux", "-L", self.socket, "-f", "/dev/null", *words]
-        env = self.person.environment() | {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
-        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=60)
-        return done.stdout
-
-    def type(self, text: str, *keys: str) -> None:
-        self.do("send-keys", "-l", text)
-        if keys:
-            self.do("send-keys", *keys)
-
-    def screen(self) -> list[str]:
-        return [line.rstrip() for line in self.do("capture-pane", "-p").splitlines()]
-
-    def answer(self, command: str) -> str:
-        """The screen a moment after the command."""
-        self.type(command, "Enter")
-        time.sleep(0.5)
-        return "\n".join(self.screen())
-
-    def wait(self, text: str) -> None:
-        wait_for(lambda: text in "\n".join(self.screen()), f"{text!r} on the screen", timeout=120)
-
-    def close(self) -> None:
-        self.do("kill-server")
-
-
-@pytest.mark.skipif(not shutil.which("tmux"), reason="needs tmux")
-def test_a_shell_in_a_terminal_and_its_replay(
-    alice: Person, replay: Callable[..., list[dict[str, Any]]], tmp_path: Path
-) -> None:
-    terminal = Tmux(alice, "connect", "web-02")
-    try:
-        terminal.type("exec env PS1='demo> ' sh", "Enter")
-        terminal.wait("demo> ")
-        terminal.type("stty size; printf '\\033[31mtäst 世界\\033[0m %s\\n' $((6*7))", "Enter")
-        terminal.wait("30 100")
-        terminal.wait("täst 世界 42")
-        terminal.do("resize-window", "-x", "90", "-y", "25")
-        # More than once: OpenSSH can take note of SIGWINCH as late as with the next key.
-        wait_for(lambda: "25 90" in terminal.answer("stty size"), "the new size", timeout=60)
-        terminal.type("sleep 600", "Enter")
-        terminal.wait("sleep 600")
-        terminal.do("send-keys", "C-c")
-        terminal.type("stty -echo; echo ask; read answer; stty echo; echo got $answer | wc -c", "Enter")
-        terminal.wait("ask")
-        terminal.type(TYPED_SECRET, "Enter")
-        terminal.wait(str(len(f"got {TYPED_SECRET}\n")))
-        terminal.type("clear; printf 'one\\ntwo\\033[5;10Hfive\\033[A up'; echo; echo last", "Enter")
-        terminal.wait("last     five\ndemo>")
-        seen = terminal.screen()
-        terminal.type("exit", "Enter")
-        wait_for(lambda: not terminal.do("list-sessions"), "the end of the shell", timeout=60)
-    finally:
-        terminal.close()
-    session = newest(alice)
-    events = replay(alice, session)
-    assert {"shell", "o", "resize", "exit"} <= {event["kind"] for event in events}
-    assert TYPED_SECRET not in json.dumps(events)
-    file = tmp_path / "shell.cast"
-    alice.run("replay", session, "--export", "asciicast", "-o", str(file))
-    assert _screen_of(file, seen) == [line for line in seen if line]
-
-
-def _screen_of(file: Path, seen: list[str]) -> list[str]:
-    """The screen at the moment when it last held what the original showed at the end, in an emulator."""
-    header, *events = [json.loads(line) for line in file.read_text().splitlines()]
-    screen = pyte.Screen(header["width"], header["height"])
-    stream = pyte.Stream(screen)
-    found: list[str] = []
-    for _, kind, data in events:
-        if kind == "r":
-            columns, rows = map(int, data.split("x"))
-            screen.resize(rows, columns)
-        elif kind == "o":
-            stream.feed(data)
-        # Wide characters take two cells, of which the emulator leaves the second one empty.
-        shown = [line.rstrip() for line in screen.display if line.strip()]
-        if shown == [line for line in seen if line]:
-            found = shown
-    return found or [line.rstrip() for line in screen.display if line.strip()]
 
 
 # --- plain programs ------------------------------------------------------------------------------------
@@ -281,7 +211,7 @@ def test_files_by_scp_and_sftp(
     done = program("sftp", "-F", str(config), "-b", "-", "web-02.pam", input=batch)
     assert "renamed" in done.stdout
     assert (tmp_path / "renamed").read_bytes() == data
-    files = [event for event in replay(alice, newest(alice)) if event["kind"] == "file"]
+    files = [event for event in replay(alice, alice.newest()) if event["kind"] == "file"]
     put = next(event for event in files if event["op"] == "put")
     assert put["sha256"] == hashlib.sha256(data).hexdigest()
     assert put["bytes"] == len(data)
@@ -289,14 +219,34 @@ def test_files_by_scp_and_sftp(
 
 def test_a_tree_by_rsync(program: Any, tmp_path: Path) -> None:
     tree, copy = tmp_path / "tree", tmp_path / "copy"
-    for number in range(300):
-        file = tree / f"{number % 7}" / f"file-{number}"
+    for number in range(TREE_FILES):
+        file = tree / f"{number % 70}" / f"file-{number}"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(os.urandom(100 + number * 17))
+        file.write_bytes(os.urandom(100 + number % 300 * 17))
     program("rsync", "-a", f"{tree}/", f"web-02.pam:{copy}/")
     done = program("rsync", "-a", "--checksum", "--itemize-changes", f"{tree}/", f"web-02.pam:{copy}/")
     assert done.stdout == ""
-    assert len([path for path in copy.rglob("*") if path.is_file()]) == 300
+    assert len([path for path in copy.rglob("*") if path.is_file()]) == TREE_FILES
+
+
+@pytest.mark.parametrize("words", [("rsync", "--inplace", "-W"), ("scp",)], ids=["rsync", "scp"])
+def test_a_large_file_by(words: tuple[str, ...], program: Any, config: Path, tmp_path: Path) -> None:
+    source, there = tmp_path / "source", tmp_path / "there"
+    block = os.urandom(1 << 20)
+    with source.open("wb") as file:
+        for number in range(LARGE_MIB):
+            file.write(number.to_bytes(8) + block[8:])
+    words = (*words, "-F", str(config)) if words[0] == "scp" else words
+    program(*words, str(source), f"web-02.pam:{there}", timeout=800)
+    sums = [_sha256(path) for path in (source, there)]
+    source.unlink()
+    there.unlink()
+    assert sums[0] == sums[1]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def test_git_clones_and_pushes(program: Any, tmp_path: Path) -> None:
@@ -344,16 +294,83 @@ def test_many_channels_of_one_session(program: Any, config: Path, alice: Person)
         program("ssh", *control, "-O", "exit", "web-02.pam", check=False)
 
 
-@pytest.mark.skipif(not (BIN / "ansible").exists(), reason="needs ansible-core")
-def test_ansible_pings(program: Any, config: Path, tmp_path: Path) -> None:
-    done = program(
-        str(BIN / "ansible"),
-        *("all", "-i", "web-02.pam,", "-m", "ansible.builtin.ping"),
-        *("-e", f"ansible_python_interpreter={sys.executable}"),
-        f"--ssh-common-args=-F {config}",
-        env={"ANSIBLE_HOME": str(tmp_path), "ANSIBLE_REMOTE_TEMP": str(tmp_path / "remote")},
+PLAYBOOK = """
+- hosts: all
+  gather_facts: true
+  tasks:
+    - name: A folder
+      ansible.builtin.file: {path: "{{ there }}", state: directory, mode: "0750"}
+    - name: A file from a template
+      ansible.builtin.copy: {content: "{{ ansible_system }} täst", dest: "{{ there }}/file", mode: "0640"}
+    - name: Read it back
+      ansible.builtin.command: cat {{ there }}/file
+      register: read
+      changed_when: false
+    - name: Compare
+      ansible.builtin.assert: {that: "'täst' in read.stdout"}
+"""
+
+
+@pytest.mark.skipif(not (BIN / "ansible-playbook").exists(), reason="needs ansible-core")
+def test_an_ansible_playbook(program: Any, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "play.yml").write_text(PLAYBOOK)
+    (tmp_path / "remote").mkdir()
+
+    def play() -> str:
+        return program(
+            *(str(BIN / "ansible-playbook"), "-i", "web-02.pam,", str(tmp_path / "play.yml")),
+            *("-e", f"ansible_python_interpreter={sys.executable}", "-e", f"there={tmp_path}/there"),
+            f"--ssh-common-args=-F {config}",
+            env={
+                "ANSIBLE_HOME": str(tmp_path),
+                "ANSIBLE_REMOTE_TEMP": str(tmp_path / "remote"),
+                # For the next task, not for a minute: the session ends with it.
+                "ANSIBLE_SSH_ARGS": "-o ControlMaster=auto -o ControlPersist=2",
+                # Short: a socket's path has little room.
+                "ANSIBLE_SSH_CONTROL_PATH_DIR": f"/tmp/pam-cp-{os.getpid()}",
+                "LC_ALL": "C.UTF-8",
+            },
+        ).stdout
+
+    assert "changed=2 " in play()
+    assert "changed=0 " in play()
+
+
+def test_ports_are_forwarded_as_far_as_allowed(
+    program: Any,
+    config: Path,
+    alice: Person,
+    page: int,
+    tmp_path: Path,
+    pinned: None,
+    replay: Callable[..., list[dict[str, Any]]],
+) -> None:
+    local, remote, dynamic = free_port(), free_port(), free_port()
+    forwards = ("-L", f"{local}:127.0.0.1:{page}", "-R", f"{remote}:127.0.0.1:{page}", "-D", str(dynamic))
+    strict = ("-o", "ExitOnForwardFailure=yes")
+    ssh = Process(
+        "ssh",
+        ["ssh", "-N", "-F", str(config), *strict, *forwards, "tunnels.web-01.pam"],
+        tmp_path / "ssh.log",
+        env=alice.environment(),
     )
-    assert '"ping": "pong"' in done.stdout
+    try:
+        wait_for(lambda: all(map(listens, (local, remote, dynamic))), "the forwards")
+        assert program("curl", "-s", f"http://127.0.0.1:{local}/").stdout == "reached"
+        assert program("curl", "-s", f"http://127.0.0.1:{remote}/").stdout == "reached"
+        socks = ("curl", "-sZ", "--socks5-hostname", f"127.0.0.1:{dynamic}")
+        assert program(*socks, *([f"http://127.0.0.1:{page}/"] * 5)).stdout == "reached" * 5
+        assert program(*socks, "http://127.0.0.1:1/", check=False).returncode != 0
+        assert "open failed" in ssh.tail()
+    finally:
+        ssh.stop()
+    events = replay(alice, alice.newest())
+    assert {(e["host"], e["port"]) for e in events if e["kind"] == "bind"} == {("localhost", remote)}
+    ends = [e for e in events if e["kind"] == "forward" and e.get("down")]
+    assert [e["dir"] for e in ends if e["port"] == page].count("local") == 6
+    assert [e["dir"] for e in ends].count("remote") == 1
+    refused = [e for e in events if e["kind"] == "forward" and e.get("ok") is False]
+    assert [(e["host"], e["port"]) for e in refused] == [("127.0.0.1", 1)]
 
 
 def test_what_is_not_allowed_is_said(program: Any, config: Path) -> None:

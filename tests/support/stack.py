@@ -74,6 +74,10 @@ class Person:
             )
         return done
 
+    def newest(self) -> str:
+        """The id of the session that this person opened last."""
+        return str(json.loads(self.run("sessions", "ls", "--json").stdout)[0]["id"])
+
     def start(self, *words: str, **options: Any) -> subprocess.Popen[str]:
         """Start pam-client and leave it running; the caller ends it."""
         return subprocess.Popen(
