@@ -149,16 +149,40 @@ def test_a_kill_cuts_within_a_second_and_says_so(alice: Person, tmp_path: Path) 
         assert "killed" in process.tail()
 
 
-def test_the_idle_limit_cuts_and_says_so(stack: Stack, alice: Person, tmp_path: Path) -> None:
-    stack.policy["idle_limit"] = "10s"
+@contextlib.contextmanager
+def policy(stack: Stack, **limits: str) -> Iterator[None]:
+    stack.policy |= limits
     stack.apply()
     try:
-        with asleep(alice, tmp_path) as (process, _):
-            wait_for(lambda: not process.running(), "the end of ssh", timeout=120)
-            assert "idle" in process.tail()
+        yield
     finally:
-        stack.policy.pop("idle_limit")
+        for name in limits:
+            stack.policy.pop(name)
         stack.apply()
+
+
+def test_the_idle_limit_cuts_within_a_second_and_says_so(stack: Stack, alice: Person, tmp_path: Path) -> None:
+    with policy(stack, idle_limit="10s"), Metronome() as beat, asleep(alice, tmp_path) as (process, _):
+        seen, lost = time.monotonic(), beat.lost()
+        wait_for(lambda: not process.running(), "the end of ssh", timeout=120)
+        assert time.monotonic() - seen - (beat.lost() - lost) < 10 + 2.0
+        assert "idle" in process.tail()
+
+
+def test_the_end_of_its_time_cuts_within_a_second_and_says_so(
+    stack: Stack, alice: Person, tmp_path: Path
+) -> None:
+    with (
+        policy(stack, max_duration="12s"),
+        Metronome() as beat,
+        asleep(alice, tmp_path) as (process, session),
+    ):
+        row = next(
+            row for row in json.loads(alice.run("sessions", "ls", "--json").stdout) if row["id"] == session
+        )
+        wait_for(lambda: not process.running(), "the end of ssh", timeout=120)
+        assert -1.0 < time.time() - row["session_end"] - beat.lost() < 2.0
+        assert "its time is over" in process.tail()
 
 
 @pytest.fixture
