@@ -115,6 +115,20 @@ def test_stays_until_interrupted_and_keeps_its_port(
     assert end(process, signal.SIGTERM)[0] == 0
 
 
+@pytest.mark.parametrize("_time", range(4))  # it is a matter of luck which thread gets it
+def test_is_interrupted_at_once_after_having_been_stopped(
+    stay: Any, connecting: Any, agency: Any, wait_for: Any, _time: int
+) -> None:
+    """The kernel then may give the signal to another thread than the main one, which it does not wake."""
+    process, _ = stay("prod-db/readonly")
+    process.send_signal(signal.SIGSTOP)
+    stat = Path(f"/proc/{process.pid}/stat")
+    wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+    process.send_signal(signal.SIGCONT)
+    assert end(process, signal.SIGTERM)[0] == 0
+    assert agency.ended == agency.sessions
+
+
 def test_one_ssh_connection_for_all(stay: Any, connecting: Any, agency: Any) -> None:
     process, port = stay("prod-db/readonly")
     for _ in range(3):

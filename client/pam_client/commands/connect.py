@@ -224,7 +224,9 @@ def _say_how(session: Session, watch: Watch) -> None:
 def _show_until_end(session: Session, listener: Listener, watch: Watch) -> None:
     console = Console(stderr=True)
     if not console.is_terminal:
-        watch.ended.wait()
+        # Not for ever: a signal that the kernel gave to another thread does not wake this one.
+        while not watch.ended.wait(1.0):
+            pass
         return
 
     def line() -> Text:
