@@ -29,7 +29,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from memory import Watch, contained, forms, in_arguments, in_files, in_memory
+from memory import Watch, clients, contained, forms, in_arguments, in_files, in_memory
 from postgres_server import NOBODY, PostgresServer
 from processes import Process, free_port, listens, wait_for
 from psycopg import sql
@@ -42,6 +42,8 @@ HARD = '"\\é +/&%'
 METHODS = {"scram": "scram-sha-256", "md5": "md5", "plain": "password", "wrong": "scram-sha-256"}
 PASSWORDS = {name: f"{name}{HARD}{CORE}{HARD}{secrets.token_hex(4)}" for name in METHODS}
 QUICK = forms("core", CORE)
+#: How often everything is looked at while a session works.
+ROUNDS = 5
 #: Also each whole password, and what is as good as one: PostgreSQL's md5 verifier.
 NEEDLES = {
     **QUICK,
@@ -159,13 +161,13 @@ def story(stack: Stack, alice: Person, tmp_path_factory) -> Story:
     inputs = stack.folder / "secrets"
     looks = {
         "relay": lambda: in_memory(relay, QUICK),
-        "clients": lambda: {name for pid in clients(alice) for name in in_memory(pid, QUICK)},
+        "clients": lambda: {name for pid in clients(alice.home) for name in in_memory(pid, QUICK)},
         "arguments": lambda: in_arguments(QUICK),
         "files": lambda: in_files(stack.folder, QUICK, without=(inputs,)),
     }
     with Watch(looks, pause=0.7) as watch:
         log = tmp_path_factory.mktemp("client") / "client.log"
-        during = killed_session(stack, alice, log)
+        during = killed_session(stack, alice, log, watch)
         shown["killed"] = log.read_text()
         for account in METHODS:
             query = ["psql", "-XAt", "-c", "select current_user", "-c", "select nonsense"]
@@ -176,21 +178,9 @@ def story(stack: Stack, alice: Person, tmp_path_factory) -> Story:
     return Story(watch, shown, during, [row["id"] for row in listed])
 
 
-def clients(person: Person) -> list[int]:
-    """Every process of the person's pam-client, and what that started."""
-    home = f"PAM_CLIENT_HOME={person.home}".encode()
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if home in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
-
-
-def killed_session(stack: Stack, alice: Person, log: Path) -> set[str]:
+def killed_session(stack: Stack, alice: Person, log: Path, watch: Watch) -> set[str]:
     """A session that is killed while it is at work; what its agent's memory had meanwhile."""
+    begun = watch.rounds
     port = free_port()
     command = alice.command("-vv", "connect", "db/scram", "--port", str(port))
     client = Process("client", command, log, env=alice.environment())
@@ -200,6 +190,11 @@ def killed_session(stack: Stack, alice: Person, log: Path) -> set[str]:
         with psycopg.connect(info, autocommit=True) as connection:
             for number in range(200):
                 connection.execute("select %s::text", (f"row {number}",))
+            wait_for(
+                lambda: connection.execute("select 1") and watch.rounds >= begun + ROUNDS,
+                "looks at a session that works",
+                timeout=60,
+            )
             during = in_memory(stack.processes["dc1-a"].pid, QUICK)
             session = json.loads(alice.run("sessions", "ls", "--json").stdout)[0]["id"]
             kill = threading.Timer(0.5, lambda: alice.run("sessions", "kill", session))
@@ -226,7 +221,7 @@ def test_the_sessions_were_what_they_should_be(story) -> None:
 
 def test_the_agent_has_it_and_nobody_else_ever_does(story) -> None:
     assert "core raw" in story.agent_during  # the same look finds it where it must be
-    assert story.watch.rounds >= 5
+    assert story.watch.rounds >= ROUNDS
     assert story.watch.found == {}
 
 

@@ -1,11 +1,7 @@
-"""Other pages, other names, other users, broken requests: none of them uses a listener for a web application.
-
-Large bodies pass it with flat memory.
-"""
+"""Other pages, names, users and broken requests: none of them uses a listener for a web application."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,18 +16,13 @@ from pathlib import Path
 import pytest
 from chromium import Opened
 from playwright.sync_api import Browser, BrowserContext
-from processes import Process, family, wait_for
+from processes import family, wait_for
 from stack import Person, Stack
-from web_app import PIECE
 from web_servers import WebServers
 
 #: The first test waits for three servers, a browser and the whole product, on a machine under load.
 pytestmark = pytest.mark.timeout(600)
 
-#: What the large transfers carry; CI's machine is small, a person's figure is 1 GiB.
-SIZE = int(os.environ.get("PAM_TEST_WEB_MIB", "256")) << 20
-#: What any part may grow by while it carries them: queues and windows, and what Python keeps of freed memory.
-GROWTH = 48 << 20
 OTHER_UID = 65534
 
 #: Everything that a page can do to another origin; says when it has done it.
@@ -230,83 +221,6 @@ print(json.dumps(answers))
         assert re.match(r"HTTP/1\.1 4\d\d |$", answer), (what, answer[:200])
         assert answer.count("HTTP/1.1") <= 1, what
     assert web_servers.seen() == before
-
-
-class Growth:
-    """The resident memory of some processes, and how far above its beginning it ever was."""
-
-    def __init__(self, processes: list[Process]) -> None:
-        self._processes = processes
-        self._first = [process.resident() for process in processes]
-        self.most = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> Growth:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join(30)
-
-    def _run(self) -> None:
-        while not self._done.wait(0.1):
-            now = [process.resident() for process in self._processes]
-            grown = [after - before for before, after in zip(self._first, now, strict=True)]
-            self.most = max(self.most, *grown)
-
-
-#: Downloads and uploads by PAM_URL; prints sizes, hashes, and by how much its own parent, the client, grew.
-TRANSFER = """
-import hashlib, http.client, json, os, sys, threading, time
-host, size, piece = os.environ["PAM_URL"].removeprefix("http://"), int(sys.argv[1]), bytes(range(256)) * 256
-def resident():
-    return int(open(f"/proc/{os.getppid()}/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-def ask(*request):
-    link = http.client.HTTPConnection(host, timeout=120)
-    link.request(*request)
-    return link.getresponse()
-ask("GET", "/bytes/1000000").read()
-first, most, done = resident(), 0, threading.Event()
-def watch():
-    global most
-    while not done.wait(0.1):
-        most = max(most, resident() - first)
-threading.Thread(target=watch, daemon=True).start()
-began = time.monotonic()
-answer, digest, got = ask("GET", f"/bytes/{size}"), hashlib.sha256(), 0
-while data := answer.read(1 << 16):
-    digest.update(data); got += len(data)
-down = time.monotonic() - began
-body = (piece for _ in range(size // len(piece)))
-up = ask("POST", "/upload", body, {"Content-Length": str(size // len(piece) * len(piece))})
-said = json.loads(up.read())
-done.set()
-print(json.dumps({"got": got, "sha256": digest.hexdigest(), "up": said, "grown": most,
-    "seconds": [round(down, 2), round(time.monotonic() - began - down, 2)]}))
-"""
-
-
-def test_large_bodies_go_both_ways_with_flat_memory(
-    web_stack: Stack, web_alice: Person, web_servers: WebServers
-) -> None:
-    parts = [web_stack.processes[name] for name in ("relay", "dc1-a")]
-    web_alice.run("connect", "files/reader", "--", sys.executable, "-c", TRANSFER, str(1 << 20))
-    with Growth(parts) as growth:
-        done = web_alice.run(
-            "connect", "files/reader", "--", sys.executable, "-c", TRANSFER, str(SIZE), timeout=1200
-        )
-    said = json.loads(done.stdout)
-    digest = hashlib.sha256()
-    for _ in range(SIZE // len(PIECE)):
-        digest.update(PIECE)
-    assert said["got"] == said["up"]["bytes"] == SIZE
-    assert said["sha256"] == said["up"]["sha256"] == digest.hexdigest()
-    print(f"{SIZE >> 20} MiB down and up in {said['seconds']} s; grown: {growth.most >> 20} MiB at most,")
-    print(f"the client {said['grown'] >> 20} MiB")
-    assert growth.most < GROWTH
-    assert said["grown"] < GROWTH
 
 
 def test_what_lets_the_browser_in_is_nowhere_to_be_read(

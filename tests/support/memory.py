@@ -69,6 +69,17 @@ def in_memory(pid: int, needles: Needles) -> set[str]:
     return found
 
 
+def clients(home: Path) -> list[int]:
+    """Every process of the pam-client with this home, and what that started."""
+    mark = f"PAM_CLIENT_HOME={home}".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
 @contextlib.contextmanager
 def _stopped(pid: int) -> Iterator[None]:
     try:

@@ -121,7 +121,7 @@ class Process:
 
     def resident(self) -> int:
         """Resident memory in bytes, of the process and its children."""
-        return sum(_resident(pid) for pid in family(self.pid))
+        return resident(self.pid)
 
     def cpu_seconds(self) -> float:
         """User and system time so far, of the process and its children."""
@@ -142,6 +142,11 @@ def family(pid: int) -> list[int]:
             except OSError:
                 continue
     return found
+
+
+def resident(pid: int) -> int:
+    """Resident memory in bytes, of ``pid`` and its descendants."""
+    return sum(_resident(one) for one in family(pid))
 
 
 def _resident(pid: int) -> int:

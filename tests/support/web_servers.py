@@ -6,6 +6,7 @@ resource      what                                        account
 ``django``    Django's admin, HTTPS by a private CA       ``keeper``: form login with CSRF, hidden cookies
 ``files``     ``web_app`` behind nginx's ``auth_basic``   ``reader``: basic; ``guarded``: with rules
 ``echo``      ``web_app``                                 ``anyone``: none; ``token``: bearer
+``lab``       JupyterLab, where it is wanted              ``student``: bearer
 ============  ==========================================  ===============================================
 """
 
@@ -55,18 +56,41 @@ http {{
     location / {{ proxy_pass http://127.0.0.1:{app}; }}
   }}
   server {{ listen 127.0.0.1:{echo}; location / {{ proxy_pass http://127.0.0.1:{app}; }} }}
+  server {{
+    listen 127.0.0.1:{lab};
+    location / {{
+      proxy_pass http://127.0.0.1:{lab_behind};
+      proxy_set_header Host $http_host; proxy_set_header Upgrade $http_upgrade;
+      proxy_set_header Connection $connection_upgrade;
+    }}
+  }}
 }}
 """
 
 
-class WebServers:
-    """nginx and two applications; ``stop`` them."""
+_PORTS = ("django", "django_behind", "files", "echo", "app", "lab", "lab_behind")
 
-    def __init__(self, folder: Path) -> None:
+_LAB_CONFIG = """
+c.IdentityProvider.token = {token!r}
+c.ServerApp.ip, c.ServerApp.port, c.ServerApp.port_retries = "127.0.0.1", {port}, 0
+c.ServerApp.root_dir = {root!r}
+c.ServerApp.allow_root = True
+c.ServerApp.open_browser = False
+c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"
+c.LabApp.news_url = None
+"""
+
+
+class WebServers:
+    """nginx and two applications, or three with ``lab``; ``stop`` them."""
+
+    def __init__(self, folder: Path, *, lab: bool = False) -> None:
         folder.mkdir(mode=0o700)
         self.folder = folder
-        self.ports = {name: free_port() for name in ("django", "django_behind", "files", "echo", "app")}
-        self.passwords = {name: secrets.token_urlsafe(16) for name in ("keeper", "reader", "token")}
+        self.ports = {name: free_port() for name in _PORTS}
+        self.passwords = {
+            name: secrets.token_urlsafe(16) for name in ("keeper", "reader", "token", "student")
+        }
         self.processes: list[Process] = []
         for name, secret in self.passwords.items():
             self._private(name, secret)
@@ -79,6 +103,9 @@ class WebServers:
         self._start("app", [sys.executable, SUPPORT / "web_app.py", str(self.ports["app"])], "app")
         django = [sys.executable, SUPPORT / "django_admin.py", folder, str(self.ports["django_behind"])]
         self._start("django", django, "django_behind")
+        self._has_lab = lab
+        if lab:
+            self._start_lab()
         self._start("nginx", [NGINX, "-c", folder / "nginx.conf", "-p", folder], "files")
 
     def stop(self) -> None:
@@ -93,7 +120,7 @@ class WebServers:
 
     def add_to(self, stack: Stack) -> None:
         """Make them resources of gateway dc1."""
-        for make in (self._django, self._files, self._echo):
+        for make in (self._django, self._files, self._echo, *([self._lab] if self._has_lab else [])):
             stack.resources.append({"protocol": "http", "gateway": "dc1", "host": "127.0.0.1", **make()})
 
     def _django(self) -> dict[str, Any]:
@@ -150,6 +177,31 @@ class WebServers:
             ],
         }
 
+    def _lab(self) -> dict[str, Any]:
+        student = {"name": "student", "token": self._secret("student"), "http": {"login": "bearer"}}
+        return {
+            "name": "lab",
+            "port": self.ports["lab"],
+            "tls": {"mode": "disable"},
+            "accounts": [student],
+        }
+
+    @property
+    def lab_folder(self) -> Path:
+        """What JupyterLab shows."""
+        return self.folder / "lab-files"
+
+    def _start_lab(self) -> None:
+        self.lab_folder.mkdir()
+        config = _LAB_CONFIG.format(
+            token=self.passwords["student"], port=self.ports["lab_behind"], root=str(self.lab_folder)
+        )
+        self._private("jupyter_server_config.py", config)
+        own = {f"JUPYTER_{name}_DIR": str(self.folder / f"jupyter-{name}") for name in ("DATA", "RUNTIME")}
+        own |= {"JUPYTER_CONFIG_DIR": str(self.folder), "HOME": str(self.folder), "SHELL": "/bin/sh"}
+        command = [Path(sys.executable).with_name("jupyter-lab"), "--no-browser"]
+        self._start("lab", command, "lab_behind", env={**os.environ, **own})
+
     def _secret(self, name: str) -> dict[str, str]:
         return {"file": str(self.folder / name)}
 
@@ -158,8 +210,8 @@ class WebServers:
         path.touch(mode=0o600)
         path.write_text(text)
 
-    def _start(self, name: str, command: list[Any], port: str) -> None:
-        process = Process(name, command, self.folder / f"{name}.log")
+    def _start(self, name: str, command: list[Any], port: str, **options: Any) -> None:
+        process = Process(name, command, self.folder / f"{name}.log", **options)
         self.processes.append(process)
         process.ready_when(lambda: listens(self.ports[port]), timeout=60)
 
