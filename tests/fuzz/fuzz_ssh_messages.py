@@ -1,9 +1,10 @@
 """SSH's connection protocol and SFTP, as the interceptor reads them of both peers.
 
 Input: a mode. BOARD: messages (a byte of side, then two bytes of length and the message) to a switchboard
-with one open channel; only documented errors end it, no peer is given more than the other takes, and nothing
-goes on that was not recorded when the recorder fails. SFTP: messages of both sides, the same events however
-they are split. TERMINAL: what was typed and printed; a word that was never printed is never recorded.
+with one open channel; only documented errors end it, no peer is given more than the other takes, and
+nothing goes on that was not recorded when the recorder fails. SFTP: messages of both sides, the same events
+however they are split. SCP: the same of the old protocol, which nothing ends. TERMINAL: what was typed and
+printed; a word that was never printed is never recorded.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from pam_agent.protocols.ssh import codec
 from pam_agent.protocols.ssh.channel import TARGET, USER
 from pam_agent.protocols.ssh.codec import string
 from pam_agent.protocols.ssh.policy import Policy
+from pam_agent.protocols.ssh.scp import ScpWatch
 from pam_agent.protocols.ssh.sftp import SftpWatch
 from pam_agent.protocols.ssh.switchboard import WINDOW, Switchboard
 from pam_agent.protocols.ssh.terminal import Terminal
 from pam_common.errors import PamError
 
-BOARD, SFTP, TERMINAL = range(3)
+BOARD, SFTP, TERMINAL, SCP = range(4)
 POLICY = Policy.parse(
     {
         "allow": ["shell", "exec", "sftp", "local-forward", "remote-forward"],
@@ -37,11 +39,14 @@ POLICY = Policy.parse(
 
 def TestOneInput(data: bytes) -> None:
     source = Input(data)
-    mode = source.byte() % 3
+    mode = source.byte() % 4
     if mode == BOARD:
         _board(source)
     elif mode == SFTP:
-        _sftp(source)
+        _split(source, lambda: SftpWatch(1, 10))
+    elif mode == SCP:
+        side = source.byte() & 1
+        _split(source, lambda: ScpWatch(1, side, ["to"]))
     else:
         _terminal(source)
 
@@ -68,6 +73,9 @@ def seeds() -> Iterator[bytes]:
     done = (TARGET, b"\x65\0\0\0\2" + bytes(12))
     closed = (USER, b"\4\0\0\0\3" + string(b"h"))
     yield bytes([SFTP]) + said(*((side, string(body)) for side, body in (*opened, write, done, closed)))
+    file = [(TARGET, b"\0"), (USER, b"C0644 3 a\n"), (TARGET, b"\0"), (USER, b"abc\0"), (TARGET, b"\0")]
+    folder = [(USER, b"D0755 0 d\n"), *file, (USER, b"E\n"), (TARGET, b"\0")]
+    yield bytes([SCP, USER]) + said(*file, *folder)
     yield bytes([TERMINAL]) + said((USER, b"ls -l"), (TARGET, b"ls -l"), (USER, b"\r"), (TARGET, b"\r\n"))
     yield bytes([TERMINAL]) + said((TARGET, b"Password: "), (USER, b"hunter2\r"), (TARGET, b"\r\n\x1b[0m"))
 
@@ -162,15 +170,15 @@ def _steps(source: Input) -> list[tuple[int, bytes]]:
     return found
 
 
-def _sftp(source: Input) -> None:
+def _split(source: Input, make: Callable[[], SftpWatch | ScpWatch]) -> None:
     steps = _steps(source)
-    whole = _events(steps)
+    whole = _events(make(), steps)
     split = [(side, piece) for side, data in steps for piece in pieces(data)]
-    assert _events(split) == whole
+    assert _events(make(), split) == whole
 
 
-def _events(steps: list[tuple[int, bytes]]) -> list[Any]:
-    watch, events = SftpWatch(1, 10), list[Any]()
+def _events(watch: SftpWatch | ScpWatch, steps: list[tuple[int, bytes]]) -> list[Any]:
+    events = list[Any]()
     try:
         for side, data in steps:
             events += watch.feed(side, memoryview(data))

@@ -39,14 +39,40 @@ def test_scp_copies_both_ways(gate, file, tmp_path, mode) -> None:
             ["scp", "-t"],
             ["scp", "-f"],
         ]
-        return
-    files = [event for event in gate.kinds("file") if event["op"] in ("get", "put")]
-    assert [(event["op"], event["path"], event["ok"]) for event in files] == [
-        ("put", str(remote), True),
-        ("get", str(remote), True),
+    files = [event for event in gate.kinds("file") if event["op"] in ("get", "put") and "ok" in event]
+    # The old protocol names what is put as the sender has it, and says apart where to.
+    put = (file.name, str(remote)) if mode else (str(remote), None)
+    got = (remote.name, None) if mode else (str(remote), None)
+    assert [(event["op"], event["path"], event.get("to"), event["ok"]) for event in files] == [
+        ("put", *put, True),
+        ("get", *got, True),
     ]
     assert {event["sha256"] for event in files} == {sha(file)}
     assert {event["bytes"] for event in files} == {3_000_001}
+
+
+def test_a_folder_by_the_old_scp_is_recorded_file_by_file(gate, file, tmp_path) -> None:
+    folder, there, back = tmp_path / "folder", tmp_path / "there", tmp_path / "back"
+    (folder / "in" / "deep").mkdir(parents=True)
+    contents = {"one": os.urandom(70_000), "in/two": b"", "in/deep/three": b"E\nC0644 9 no\n\0"}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    there.mkdir()
+    assert gate.run("scp", "-O", "-rp", str(folder), f"me@127.0.0.1:{there}").returncode == 0
+    assert gate.run("scp", "-O", "-r", f"me@127.0.0.1:{there}/folder", str(back)).returncode == 0
+    assert gate.run("scp", "-O", str(file), f"me@127.0.0.1:{tmp_path}/no/such/file").returncode != 0
+    gate.ended()
+    done = {
+        (event["op"], event["path"]): event["sha256"]
+        for event in gate.kinds("file")
+        if event.get("ok") and event["op"] in ("get", "put")
+    }
+    assert done == {
+        (op, f"folder/{name}"): hashlib.sha256(content).hexdigest()
+        for name, content in contents.items()
+        for op in ("put", "get")
+    }
+    assert [event["path"] for event in gate.kinds("file") if event.get("ok") is False] == [file.name]
 
 
 def test_an_sftp_batch_is_recorded_file_by_file(gate, file, tmp_path) -> None:

@@ -1,7 +1,8 @@
 """A ``session`` channel: a shell, a command or a subsystem (RFC 4254, chapter 6).
 
 What may start is the account's; agent and X11 forwarding never are. With a terminal its screen is recorded,
-without one the first bytes of each stream; SFTP is followed file by file.
+without one the first bytes of each stream; SFTP is followed file by file, and so is ``scp -O``, whose streams
+are recorded like those of any command as well.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from pam_agent.protocols.base import ClientProtocolError, Event, TargetProtocolError
+from pam_agent.protocols.ssh import scp
 from pam_agent.protocols.ssh.channel import TARGET, USER
 from pam_agent.protocols.ssh.codec import Pty, Reader, Request
 from pam_agent.protocols.ssh.policy import Policy
@@ -45,6 +47,7 @@ class SessionWatch:
         self._asked: list[str] = []  # kinds that were passed on and want an answer, in order
         self._terminal: Terminal | None = None
         self._sftp: SftpWatch | None = None
+        self._scp: scp.ScpWatch | None = None
         self._streams = {name: Content(budget) for name in ("stdin", "stdout", "stderr")}
 
     def event(self, kind: str, **fields: Any) -> Event:
@@ -64,10 +67,13 @@ class SessionWatch:
             content.bytes += len(data)
             return self._sftp.feed(side, data)
         text = content.take(data)
-        if text is None:
-            return ()
-        direction = "up" if side == USER else "down"
-        return [self.event("data", dir=direction, stream=stream, data=text, bytes=len(data))]
+        events: list[Event] = []
+        if text is not None:
+            direction = "up" if side == USER else "down"
+            events.append(self.event("data", dir=direction, stream=stream, data=text, bytes=len(data)))
+        if self._scp is not None and stream != "stderr":
+            events += self._scp.feed(side, data)
+        return events
 
     def _terminal_data(self, side: int, data: bytes) -> Sequence[Event]:
         assert self._terminal is not None
@@ -83,7 +89,8 @@ class SessionWatch:
         return ()
 
     def closed(self) -> Sequence[Event]:
-        events = list(self._sftp.closed()) if self._sftp is not None else []
+        followed = self._sftp or self._scp
+        events = list(followed.closed()) if followed is not None else []
         up = self._streams["stdin"].bytes
         down = self._streams["stdout"].bytes + self._streams["stderr"].bytes
         hashes = {}
@@ -107,7 +114,7 @@ class SessionWatch:
         if ok or kind not in _STARTS:
             return ()
         # The target would not: something else may be started instead (RFC 4254, 6.5).
-        self._started, self._terminal, self._sftp = "", None, None
+        self._started, self._terminal, self._sftp, self._scp = "", None, None, None
         return [self.event("refused", what=kind, reason="the target refused it")]
 
     def _of_user(self, request: Request) -> Answer:
@@ -154,7 +161,7 @@ class SessionWatch:
     def _start(self, request: Request) -> Answer:
         if self._started:
             return self._refused(request.kind, "something runs on this channel already")
-        what, fields = request.kind, self._start_fields()
+        what, text, fields = request.kind, "", self._start_fields()
         if request.kind != "shell":
             text = Reader(request.body, ClientProtocolError, 0).text(MAX_COMMAND)
             what = "sftp" if (request.kind, text) == ("subsystem", "sftp") else "exec"
@@ -168,6 +175,8 @@ class SessionWatch:
             self._sftp = SftpWatch(self._number, self._policy.transfer_budget)
         elif self._pty is not None:
             self._terminal = Terminal()
+        elif request.kind == "exec":
+            self._scp = scp.followed(self._number, text)
         return Verdict.PASS, [self.event("sftp_open" if what == "sftp" else request.kind, **fields)]
 
     def _start_fields(self) -> dict[str, Any]:
