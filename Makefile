@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= auto
 MINUTES ?= 10
+# `make test AGAIN=2`: up to two tests that failed run once more, alone, and are named (tests/again.py).
+AGAIN ?= 0
 TARGET ?=
 # `make packages VERSION=1.2.3 DIST=folder KEY=gpg-key-id`: pyproject's version, dist and no signature otherwise.
 DIST ?= dist
@@ -50,7 +52,7 @@ test: ## everything: lint, unit and end-to-end tests against real servers, six r
 	@echo "==> make test: sets up $(VENV); installs (as root) or asks for: $(PACKAGES); then runs about 50 minutes"
 	@$(MAKE) --no-print-directory packages-installed
 	@$(MAKE) --no-print-directory $(STAMP) lint
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --ignore=tests/hosts
+	@$(BIN)/python tests/again.py $(AGAIN) -- $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --ignore=tests/hosts
 	@$(BIN)/python -m pytest -q tests/hosts
 
 lint: $(STAMP) ## ruff, mypy --strict, import-linter, ansible-lint
