@@ -294,6 +294,19 @@ def test_postgres_copy_in_fails(play, end):
     assert "unmatched" not in [event["kind"] for event in play.events]
 
 
+@pytest.mark.parametrize("kind", [b"D", b"d"])
+@pytest.mark.parametrize("size", [7, 50])  # whole, and its first piece
+def test_postgres_a_target_sends_no_rows_while_the_client_copies_in(play, kind, size):
+    """They would be counted and sampled as the client's, whose own sample would be lost."""
+    play.client(query("copy t from stdin"))
+    play.target(COPY_IN)
+    play.client(message(b"d", b"1\n")[:6])
+    with pytest.raises(TargetProtocolError, match="rows while the client copies in"):
+        play.target(message(kind, bytes(size))[:12])
+    (event,) = [event for event in play.client(b"\n") if event["kind"] == "rows"]
+    assert (event["copy"], event["data"]) == ("in", "1\n")
+
+
 def test_postgres_copy_out_beyond_the_budget():
     play = Play(rows_bytes=10)
     play.client(query("copy t to stdout"))
@@ -419,8 +432,11 @@ def test_postgres_any_order_of_messages_is_survived(script):
         if from_client:
             play.client(data)
             asked += data[:1] in (b"Q", b"E")
-        else:
+            continue
+        try:
             play.target(data)
+        except TargetProtocolError:
+            break  # the connection is over
     assert len(play.of("query")) == asked
 
 

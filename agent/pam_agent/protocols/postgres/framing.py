@@ -126,11 +126,13 @@ class Framer:
         return after
 
     def _begin(self, view: memoryview, kind: int, length: int, position: int, end: int) -> None:
+        if kind in self._bulk:
+            # What the sink refuses does not begin: nothing of this buffer goes on.
+            self._sink.piece(kind, view[position:end], first=True, last=False)
         self._kind = kind
         self._length = length - 4
         self._left = position + 1 + length - end
         if kind in self._bulk:
-            self._sink.piece(kind, view[position:end], first=True, last=False)
             return
         self._body.clear()
         capture = self._kinds[kind].capture

@@ -65,10 +65,10 @@ class TargetSide:
             message(body)
 
     def run(self, kind: int, view: memoryview, count: int) -> None:
-        self._events += (self._bulk or self._open_rows()).run(view, count)
+        self._events += self._flowing().run(view, count)
 
     def piece(self, kind: int, view: memoryview, first: bool, last: bool) -> None:
-        self._events += (self._bulk or self._open_rows()).piece(view, first, last)
+        self._events += self._flowing().piece(view, first, last)
 
     # Steps.
 
@@ -146,6 +146,14 @@ class TargetSide:
             self._pipeline.pop()
 
     # Results.
+
+    def _flowing(self) -> Bulk:
+        """What the target's rows or copy data belong to."""
+        bulk = self._bulk or self._open_rows()
+        if bulk.source == "in":
+            # The client's data is what flows: mixed with it, neither would be recorded as it was.
+            raise TargetProtocolError("rows while the client copies in")
+        return bulk
 
     def _open_rows(self) -> Bulk:
         """The first row of a result: find its columns and formats."""
