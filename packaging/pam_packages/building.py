@@ -28,7 +28,8 @@ _OURS = ("usr/lib/pam", "etc/pam-", "usr/share/doc/pam-", "usr/share/licenses/pa
 def build(out: Path, version: str | None, key: str | None) -> list[Path]:
     """Build every package into ``out``, which holds nothing else of ours afterwards; returns the files.
 
-    ``key`` names a secret key of the caller's GnuPG, which then signs SHA256SUMS.
+    ``key`` names a secret key of the caller's GnuPG, which then signs SHA256SUMS, and each .rpm by itself, as
+    dnf wants it of a repository's packages.
     """
     version = version or project_version()
     CACHE.mkdir(exist_ok=True)
@@ -43,14 +44,17 @@ def _build(out: Path, version: str, key: str | None) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     for old in [*out.glob("pam-*.deb"), *out.glob("pam-*.rpm"), *out.glob("SHA256SUMS*")]:
         old.unlink()
+    bills = []
     for part in PARTS:
         staging.stage(part, _work(part, version) / "root", files, version, source_time())
-        sbom.write(part, out / "sbom", version, source_time())
+        bills.append(sbom.write(part, out / "sbom", version, source_time()))
     # Compressing is what takes the time; nfpm uses one core for it.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(_package, part, kind, out, version) for part in PARTS for kind in FORMATS]
         made = [job.result() for job in jobs]
-    sums = "".join(f"{_sha256(path)}  {path.name}\n" for path in sorted(made))
+    if key:
+        _sign_rpms([path for path in made if path.suffix == ".rpm"], key)
+    sums = "".join(f"{_sha256(path)}  {path.relative_to(out)}\n" for path in sorted([*made, *bills]))
     (out / "SHA256SUMS").write_text(sums)
     if key:
         _sign(out / "SHA256SUMS", key)
@@ -194,6 +198,18 @@ def _is_unit(path: Path) -> bool:
 def _sign(path: Path, key: str) -> None:
     command = ["gpg", "--batch", "--yes", "--armor", "--local-user", key, "--detach-sign", str(path)]
     subprocess.run(command, check=True)
+
+
+def _sign_rpms(paths: list[Path], key: str) -> None:
+    program, gpg = shutil.which("rpmsign"), shutil.which("gpg")
+    if program is None or gpg is None:
+        raise SystemExit(
+            "error: rpmsign or gpg is missing\nHINT: apt-get install rpm gpg (dnf install rpm-sign)"
+        )
+    # Debian's rpm does not know where its gpg is.
+    macros = ["--define", f"__gpg {gpg}", "--define", f"_gpg_name {key}"]
+    command = [program, *macros, "--addsign", *map(str, paths)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def _sha256(path: Path) -> str:

@@ -47,13 +47,13 @@ def test_the_same_commit_gives_the_same_bytes(packages, build) -> None:
 
 def test_the_checksums_are_those_of_the_files(packages) -> None:
     lines = (packages / "SHA256SUMS").read_text().splitlines()
-    assert len(lines) == 2 * len(PARTS)
+    assert len(lines) == 3 * len(PARTS), "a .deb, an .rpm and a bill of materials of each"
     for line in lines:
         digest, name = line.split("  ")
         assert hashlib.sha256((packages / name).read_bytes()).hexdigest() == digest
 
 
-def test_a_given_key_signs_the_checksums(packages, tmp_path, monkeypatch) -> None:
+def test_a_given_key_signs_the_checksums_and_each_rpm(packages, tmp_path, monkeypatch) -> None:
     home = tmp_path / "gnupg"
     home.mkdir(mode=0o700)
     monkeypatch.setenv("GNUPGHOME", str(home))
@@ -74,6 +74,15 @@ def test_a_given_key_signs_the_checksums(packages, tmp_path, monkeypatch) -> Non
     with (tmp_path / "SHA256SUMS").open("a") as file:
         file.write("0" * 64 + "  pam-agent_9_amd64.deb\n")
     assert subprocess.run(check, capture_output=True, check=False).returncode != 0
+    rpm = tmp_path / next(packages.glob("pam-common-*.rpm")).name
+    shutil.copy(packages / rpm.name, rpm)
+    (tmp_path / "public.asc").write_text(run("gpg", "--armor", "--export"))
+    database = ("--define", f"_dbpath {tmp_path}/rpmdb")
+    run("rpmkeys", *database, "--import", tmp_path / "public.asc")
+    must = ("--define", "_pkgverify_level signature", "--checksig")
+    assert subprocess.run(["rpmkeys", *database, *must, rpm], capture_output=True, check=False).returncode
+    building._sign_rpms([rpm], "packager@pam.invalid")
+    assert "digests signatures OK" in run("rpmkeys", *database, *must, rpm)
     subprocess.run(["gpgconf", "--kill", "gpg-agent"], check=False)
 
 
