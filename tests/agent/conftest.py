@@ -322,7 +322,8 @@ class MiniRelay:
         self.links: list[tuple[fast_ssh.Transport, Door]] = []
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.thread = threading.Thread(target=self._accept, daemon=True)
+        self.thread.start()
         platform.relays.append({"name": name, "host": "127.0.0.1", "port": self.port})
 
     def _accept(self) -> None:
@@ -343,8 +344,9 @@ class MiniRelay:
             door = Door(self)
             key = CertificateKey(self.host.seed(), line)
             transport = fast_ssh.serve(sock, name="mini-relay", host_key=key, server=door)
-            fast_ssh.start(transport, door)
+            # Before it starts: an agent may be served by it before this thread goes on, and be cut by a test.
             self.links.append((transport, door))
+            fast_ssh.start(transport, door)
 
     def live(self, slot: int = 1) -> list[fast_ssh.Transport]:
         """Tunnels that are up and take channels for ``slot``, newest last."""
@@ -364,6 +366,7 @@ class MiniRelay:
     def stop(self) -> None:
         self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
+        self.thread.join(60)  # so that every link was started
         self.cut()
         for transport, _ in self.links:
             transport.join(60)

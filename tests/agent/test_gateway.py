@@ -32,7 +32,9 @@ def start(monkeypatch, enrolled, relay, echo_interceptor, wait_until):
         agent = Gateway(enrolled(**changes))
         running.append(agent)
         agent.start()
-        wait_until(lambda: relay.live(), "the tunnel")
+        wait_until(lambda: relay.live() and agent.tunnels.counts()[0], "the tunnel")
+        # What a test sends before the first poll would not be heard.
+        wait_until(lambda: agent.inbox._cursor >= 0, "the first poll")
         return agent
 
     yield make

@@ -24,13 +24,13 @@ def start(enrolled, relay, wait_until, monkeypatch, echo_interceptor):
     def make(**changes: Any) -> Gateway:
         agent = Gateway(enrolled(**changes))
         agent.start()
-        wait_until(relay.live, "the tunnel")
+        wait_until(lambda: relay.live() and agent.tunnels.counts()[0], "the tunnel")
         return agent
 
     return make
 
 
-def test_a_loop_that_does_not_go_round_is_stuck(start) -> None:
+def test_a_loop_that_does_not_go_round_is_stuck(start, wait_until) -> None:
     agent = start(drain_timeout=0)
     limits = {
         "inbox": gateway_module.INBOX_LIMIT,
@@ -38,6 +38,7 @@ def test_a_loop_that_does_not_go_round_is_stuck(start) -> None:
         "clock": gateway_module.CLOCK_LIMIT,
         "tunnel-r1-1": tunnels_module.BEAT_LIMIT,
     }
+    wait_until(lambda: len(agent.liveness._due) == len(limits), "every loop's first round")
     due, now = dict(agent.liveness._due), time.monotonic()
     assert {name for name, limit in limits.items() if now < due[name] <= now + limit} == set(due)
     assert agent.healthy()

@@ -15,7 +15,7 @@ from pam_agent import gateway as gateway_module
 from pam_agent import session as session_module
 from pam_agent.gateway import Gateway
 from pam_common import fast_ssh, ssh_certs
-from pam_common.errors import RefusedError
+from pam_common.errors import PamError, RefusedError
 from pam_common.keys import SigningKey, VerifyKeys
 from pam_common.secure_channel import SecureChannel
 from pam_common.ssh_certs import CertificateKey
@@ -59,6 +59,7 @@ def agent(monkeypatch, enrolled, relay_server, echo_interceptor, platform, targe
     running = Gateway(enrolled(drain_timeout=1))
     running.start()
     wait_until(lambda: running.tunnels.counts()[0], "the tunnel")
+    wait_until(lambda: running.inbox._cursor >= 0, "the first poll")  # what is sent before is not heard
     yield running
     running.stop()
 
@@ -172,6 +173,8 @@ def test_a_draining_agent_gets_nothing_new(agent, open_session, wait_until) -> N
             channel().close()
         except RefusedError:
             return True
+        except (PamError, OSError):
+            return False  # on a slow machine the agent's time to drain may be over in the middle of it
         return False
 
     wait_until(refused, "the route's end")

@@ -209,11 +209,12 @@ def test_what_is_no_host(host: str) -> None:
         target.dial(host, 5432, LOCAL)
 
 
-def test_a_closed_port_is_named(listener) -> None:
-    port = listener.getsockname()[1]
-    listener.close()
-    with pytest.raises(UnavailableError, match=f"127.0.0.1:{port} cannot be reached: connection refused"):
-        target.dial("127.0.0.1", port, LOCAL)
+def test_a_closed_port_is_named() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and nobody else is given it meanwhile
+        port = closed.getsockname()[1]
+        with pytest.raises(UnavailableError, match=f"127.0.0.1:{port} cannot be reached: connection refused"):
+            target.dial("127.0.0.1", port, LOCAL)
 
 
 @pytest.fixture

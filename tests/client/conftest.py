@@ -24,6 +24,7 @@ import pytest
 from paramiko.common import AUTH_FAILED, AUTH_SUCCESSFUL
 
 import pam_client.__main__
+from pam_client import ports
 from pam_client.home import Home
 from pam_common import cli, fast_ssh
 from pam_common.errors import PamError
@@ -349,6 +350,25 @@ def home(tmp_path: Path, platform: FakePlatform) -> Home:
         {platform.url: {"access": "access-1", "expires": time.time() + 900, "refresh": "refresh-1"}},
     )
     return home
+
+
+@pytest.fixture
+def keep_port(platform: FakePlatform) -> Iterator[Callable[[str], None]]:
+    """``keep_port(account)``: its port goes to nobody else. The kernel chooses among the ports of accounts,
+    too, for who connects to somewhere; not one that a socket is bound to, which is no obstacle to a listener.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def keep(account: str) -> None:
+            start = ports.preferred(platform.url, account) - ports.FIRST
+            for step in range(ports.COUNT):  # the next one while that is taken, as the client does
+                sock = stack.enter_context(socket.socket())
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                with contextlib.suppress(OSError):
+                    sock.bind((ports.HOST, ports.FIRST + (start + step) % ports.COUNT))
+                    return
+
+        yield keep
 
 
 @pytest.fixture

@@ -160,13 +160,13 @@ def test_stop_ends_connections_cleanly(local: Local) -> None:
     assert local.listener.count() == 0
 
 
-def test_stop_cuts_what_does_not_end(local: Local) -> None:
+def test_stop_cuts_what_does_not_end(local: Local, wait_for: Callable[..., None]) -> None:
     with local.program() as program:
         program.sendall(STARTUP)
         assert local.dialled.acquire(timeout=60)
         local.listener.stop(0.1)
         assert read_all(program) == b""
-    assert local.listener.count() == 0
+    wait_for(lambda: local.listener.count() == 0)
 
 
 def test_dial_refused(local: Local) -> None:
@@ -278,8 +278,10 @@ def test_connections_are_bounded(tmp_path: Path, monkeypatch: Any, wait_for: Cal
     local = Local(tmp_path / "capped")
     try:
         programs = [local.program() for _ in range(3)]
-        for program in programs:
+        for number, program in enumerate(programs[:2], 1):
             program.sendall(STARTUP)
+            wait_for(lambda number=number: len(local.far) == number)  # in the order of the programs
+        programs[2].sendall(STARTUP)
         wait_for(lambda: any("2 local connections are open" in text for text in local.said))
         assert len(local.channels) == 2
         programs[0].close()

@@ -101,8 +101,9 @@ def test_command_that_does_not_exist_opens_no_session(run: Any, connecting: Any,
 
 
 def test_stays_until_interrupted_and_keeps_its_port(
-    stay: Any, connecting: Any, agency: Any, home: Any
+    stay: Any, connecting: Any, agency: Any, home: Any, keep_port: Any
 ) -> None:
+    keep_port("prod-db/readonly")
     process, port = stay("prod-db/readonly")
     with socket.create_connection(("127.0.0.1", port)) as program:
         exchange(program)

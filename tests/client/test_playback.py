@@ -304,8 +304,8 @@ def in_terminal(words: list[str], env: dict[str, str]) -> tuple[int, str]:
     """Run a program to its end in a terminal of 120 by 40; its exit code and all it showed."""
     pid, fd = pty.fork()
     if pid == 0:
+        termios.tcsetwinsize(0, (40, 120))  # before the program can look
         os.execvpe(words[0], words, env)
-    termios.tcsetwinsize(fd, (40, 120))
     seen, end = b"", time.monotonic() + 60
     with contextlib.suppress(OSError):  # which is how a terminal says that its program has gone
         while True:

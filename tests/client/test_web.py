@@ -179,7 +179,8 @@ def test_both_loopback_addresses_lead_to_it(app: Any, stay: Any) -> None:
     assert first == second
 
 
-def test_its_port_stays_the_same_from_day_to_day(app: Any, stay: Any) -> None:
+def test_its_port_stays_the_same_from_day_to_day(app: Any, stay: Any, keep_port: Any) -> None:
+    keep_port("grafana/viewer")
     process, line = stay("--no-open")
     end(process)
     _, again = stay("--no-open")

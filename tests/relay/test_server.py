@@ -336,7 +336,7 @@ def test_a_revoked_agent_is_cut_with_all_its_channels(relay, wait_for) -> None:
     with pytest.raises(ConnectionError):
         stream.recv(10)
     wait_for(lambda: not agent.transport.is_active())
-    assert relay.relay.status()["routes"] == []
+    wait_for(lambda: relay.relay.status()["routes"] == [])  # the relay's own thread takes note of the end
     with pytest.raises(RefusedError):
         relay.agent()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -70,7 +71,7 @@ def test_from_enrolment_to_drained_end(world, config, platform, process, wait_fo
     log = (tmp_path / "log").read_text()
     assert f"session={session}" in log
     assert "Traceback" not in log
-    assert "good" not in log
+    assert not re.search(r"\bgood\b", log)  # the token; a random id may hold these letters
     for line in log.splitlines():
         assert line.startswith("ts=")
 

@@ -25,7 +25,8 @@ MIB = 1 << 20
 
 
 def links(relay) -> list[Transport]:
-    return [link.transport for link in relay.relay._links.values()]
+    # Copied first: links come and go meanwhile.
+    return [link.transport for link in list(relay.relay._links.values())]
 
 
 def run_all(*work: Callable[[], object], seconds: float = 180) -> None:

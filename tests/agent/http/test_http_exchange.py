@@ -399,10 +399,10 @@ def test_http_1_0_programs_are_served_and_closed(make_gate, make_app, ask):
 
 
 def test_http_an_app_that_is_not_there(make_gate, ask):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    gate = make_gate(port)
-    answer = ask(gate, b"GET / HTTP/1.1\r\nHost: HOST\r\n\r\n")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and nobody else is given it meanwhile
+        gate = make_gate(closed.getsockname()[1])
+        answer = ask(gate, b"GET / HTTP/1.1\r\nHost: HOST\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 502")
     assert [e["status"] for e in gate.of("failed")] == [502]
 

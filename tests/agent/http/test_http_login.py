@@ -301,6 +301,7 @@ def test_http_logins_are_not_renewed_without_end(make_gate, make_app, ask, monke
 
 
 def test_http_a_wrong_password_is_told_and_not_tried_for_every_request(make_gate, make_app, ask, monkeypatch):
+    monkeypatch.setattr(accounts, "LOGIN_INTERVAL", 600.0)  # however slowly the requests follow each other
     state = FormApp()
     state.password = "another"
     gate = make_gate(make_app(state.serve).port, account=ACCOUNT)

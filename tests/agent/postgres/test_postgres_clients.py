@@ -201,7 +201,7 @@ def test_postgres_listen_notify(pg15, make_gate):
         listener.execute("listen news")
         with psycopg.connect(gate.url(), autocommit=True) as sender:
             sender.execute("select pg_notify('news', 'hello')")
-        note = next(listener.notifies(timeout=10, stop_after=1))
+        note = next(listener.notifies(timeout=60, stop_after=1))
         assert (note.channel, note.payload) == ("news", "hello")
         # The real process id is what notifications and pg_backend_pid() speak of.
         assert listener.info.backend_pid == listener.execute("select pg_backend_pid()").fetchone()[0]

@@ -135,11 +135,11 @@ def test_postgres_redact_takes_linear_time():
     # Long words, such as base64 in a column, beside a word that makes a text suspect.
     for part in (*parts, "a", "passw", "a_token", "://a:b@", '"pwd="', "secret ="):
         sql = "password " + part * (200_000 // len(part))
-        start = time.process_time()
+        start = time.thread_time()
         redact_sql(sql)
         redact_value(sql)
         redact_message(sql, sensitive=True)
-        assert time.process_time() - start < 3, part
+        assert time.thread_time() - start < 3, part
 
 
 def test_postgres_redact_values_and_messages():

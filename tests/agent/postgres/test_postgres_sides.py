@@ -533,8 +533,8 @@ def test_postgres_sides_answers_nobody_asked_for_cost_little():
     for _ in range(pipelines.STEPS_LIMIT - 1):
         pipeline.push(pipelines.Step(pipelines.Kind.SYNC))
     side = TargetSide(pipeline, 0, lambda: 0.0)
-    start = time.process_time()
+    start = time.thread_time()
     for _ in range(1000):
         side.control(ord("1"), b"", 0, None)
-    assert time.process_time() - start < 1  # 20 ms; walking through all steps took 3 s
+    assert time.thread_time() - start < 1  # 20 ms; walking through all steps took 3 s
     assert [event["kind"] for event in side.take_events()] == ["unmatched"]

@@ -15,6 +15,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from nacl.public import PrivateKey
+from processes import free_port
 
 from pam_agent.protocols.base import Credential, Opening, Target
 from pam_agent.recorder import Recorder
@@ -169,7 +170,7 @@ def parties() -> Parties:
 
 @pytest.fixture
 def server() -> Iterator[RecordingServer]:
-    server = RecordingServer()
+    server = RecordingServer(free_port())  # which stays free when a test stops it and starts another there
     yield server
     server.stop()
 
