@@ -84,7 +84,7 @@ def run_once(alice: Person, server: PostgresServer) -> None:
 
 def newest_session(alice: Person) -> str:
     """The id of alice's last session, once its recording is complete on the platform."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while True:
         newest = json.loads(alice.run("sessions", "ls", "--json").stdout)[0]
         if newest["recording"] == "complete":

@@ -121,7 +121,7 @@ def test_check_tells_exactly_what_a_change_will_do(bundle: Bundle) -> None:
     done = bundle.controller.run("site.yml", pam_serial="100%").check()
     assert sorted(told.changed()) == sorted(done.changed()) != []
     assert {host: pid(bundle, host) for host in SERVICES} == before, "nothing needs a restart for that"
-    assert "reloaded" in bundle["relay"].run("journalctl", "-u", "pam-relay", "-o", "cat")
+    wait_for(lambda: "reloaded" in bundle["relay"].journal("-u", "pam-relay"), "the relay's reload")
 
 
 # -- what is wrong -------------------------------------------------------------------------------------------
@@ -224,7 +224,8 @@ def test_wrong_tokens_and_a_lost_platform_fail_alone(bundle: Bundle) -> None:
     assert "dc1-c was not enrolled" in failure(deploy(token.strip())), "a token works once"
     assert pid(bundle, "gw2") == before
     bundle["gw2"].sh("rm -rf /var/lib/pam-agent-3 /etc/pam-agent/3.yml")
-    assert answers(bundle, "prod-db/app")
+    # The agents were without their platform for minutes: each tries again after some seconds.
+    wait_for(lambda: answers(bundle, "prod-db/app"), "a session", timeout=90)
 
 
 # -- upgrade and back ----------------------------------------------------------------------------------------
@@ -240,8 +241,8 @@ def test_upgrade_and_back_with_sessions_open(bundle: Bundle) -> None:
     assert any("held open" in line for line in held.stdout)
 
     stop, failures, finished = threading.Event(), [], []
-    # About half as long as a drain: it is under way in most of them, and finishes.
-    bulk = "copy (select i, pg_sleep(0.005) from generate_series(1, 1500) i) to stdout"
+    # A quarter of a drain, on a busy machine half of one: it is under way in most of them, and finishes.
+    bulk = "copy (select i, pg_sleep(0.005) from generate_series(1, 900) i) to stdout"
 
     def work(sql: str, lines: int) -> None:
         while not stop.is_set():
@@ -250,7 +251,7 @@ def test_upgrade_and_back_with_sessions_open(bundle: Bundle) -> None:
             (finished if good else failures).append(done.stderr)
 
     with ThreadPoolExecutor(3) as pool:
-        workers = [pool.submit(work, bulk, 1500), pool.submit(work, "select 1", 1)]
+        workers = [pool.submit(work, bulk, 900), pool.submit(work, "select 1", 1)]
         try:
             words = ("deploy-gateway.yml", "--limit", "dc1")
             unclear = bundle.controller.run(*words, pam_common_package_folder=both)

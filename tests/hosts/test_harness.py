@@ -23,8 +23,8 @@ def _root_file_system() -> None:
         pytest.skip(f"no root file system can be had: {error}")
 
 
-def reaches(host, address, port=22):
-    return host.ok("timeout", "3", "bash", "-c", f"echo > /dev/tcp/{address}/{port}")
+def reaches(host, address, port=22, seconds=30):
+    return host.ok("timeout", str(seconds), "bash", "-c", f"echo > /dev/tcp/{address}/{port}")
 
 
 def test_hosts_boot_meet_reboot_and_leave_nothing() -> None:
@@ -37,16 +37,16 @@ def test_hosts_boot_meet_reboot_and_leave_nothing() -> None:
 
         assert reaches(server, gateway.address)
         fleet.network.refuse_inbound("gw")
-        assert not reaches(server, gateway.address)
+        assert not reaches(server, gateway.address, seconds=5)
         assert fleet.network.refused("gw") > 0
         assert reaches(gateway, server.address), "outbound goes on"
         assert gateway.ok("true"), "the controller's ssh goes on"
         assert not reaches(server, gateway.private), "the private network is the gateways' alone"
 
         fleet.network.link("server", "down")
-        assert not reaches(gateway, server.address)
+        assert not reaches(gateway, server.address, seconds=5)
         fleet.network.link("server", "up")
-        gateway.wait("timeout", "3", "bash", "-c", f"echo > /dev/tcp/{server.address}/22", what="the link")
+        gateway.wait("timeout", "10", "bash", "-c", f"echo > /dev/tcp/{server.address}/22", what="the link")
 
         boot = gateway.read("/proc/sys/kernel/random/boot_id"), gateway.run("stat", "-c", "%z", "/proc/1")
         gateway.write("/etc/kept", "kept\n")

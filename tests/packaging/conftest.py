@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from registry import fetch_wheels
 
 from pam_packages.parts import CACHE, ROOT
 
@@ -43,6 +44,7 @@ def build() -> Callable[..., Path]:
                 for old in folder.parent.glob(f"{label}-*"):
                     if time.time() - old.stat().st_mtime > STALE:
                         shutil.rmtree(old)
+                fetch_wheels()
                 words = ["build", "--out", str(folder), "--version", version]
                 done = subprocess.run(
                     [sys.executable, "-m", "pam_packages", *words],

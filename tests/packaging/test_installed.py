@@ -41,6 +41,11 @@ def as_user(host: Any, part: str, *words: str, **more: Any) -> str:
     return str(host.run(f"pam-{part}", *words, user=f"pam-{part}", timeout=120, **more))
 
 
+def platform_answers(host: Any) -> None:
+    """Wait for it: what systemd calls started has no worker yet."""
+    host.wait("runuser", "-u", "pam-platform", "--", "pam-platform", "status", what="a platform that answers")
+
+
 @pytest.fixture(scope="module")
 def bare(fleet, packages) -> Any:
     """A host with the packages, not configured."""
@@ -61,6 +66,7 @@ def host(bare) -> Any:
     )
     as_user(bare, "platform", "apply", "-f", "/tmp/access.yml")
     bare.run("systemctl", "start", "pam-platform", timeout=120)
+    platform_answers(bare)
     token = as_user(bare, "platform", "enrol-token", "relay", "r1", "--quiet")
     as_user(bare, "relay", "enrol", "--token-file", "-", "--name", "r1", input=token)
     token = as_user(bare, "platform", "enrol-token", "agent", "a1", "--gateway", "dc1", "--quiet")
@@ -160,6 +166,7 @@ def test_the_confinement_holds_from_inside(host, service) -> None:
     dropped = ("ExecStart=", "ExecReload=", "Restart", "Type=", "NotifyAccess=", "WatchdogSec=", "Condition")
     kept = [line for line in text.splitlines() if not line.startswith(dropped)]
     host.write("/usr/lib/probe.py", PROBE)
+    probe = f"probe-{service}"  # a journal of its own
     unit = "\n".join(kept).replace(
         "[Service]", "[Service]\nType=oneshot\nExecStart=/usr/bin/python3 /usr/lib/probe.py"
     )
@@ -168,9 +175,12 @@ def test_the_confinement_holds_from_inside(host, service) -> None:
         unit = unit.replace(f"{folder}{service}\n", f"{folder}probe\n").replace(
             f"{folder}{service} ", f"{folder}probe "
         )
-    host.write("/run/systemd/system/probe.service", unit)
-    host.sh("rm -rf /var/lib/probe; systemctl daemon-reload; systemctl start probe")
-    found = json.loads(host.journal("-u", "probe", "-n", "20", "_COMM=python3").strip().splitlines()[-1])
+    host.write(f"/run/systemd/system/{probe}.service", unit)
+    host.sh(f"rm -rf /var/lib/probe; systemctl daemon-reload; systemctl start {probe}")
+    # The journal may take what it said only after it has ended.
+    host.wait("sh", "-c", f"journalctl -o cat -u {probe} | grep -q '^{{'", what="the probe's words")
+    said = host.journal("-u", probe).splitlines()
+    found = json.loads(next(line for line in said if line.startswith("{")))
     for allowed in ("state", "runtime", "tmp", "resolve"):
         assert found[allowed] == "allowed", (allowed, found)
     for refused in REFUSED:
@@ -190,7 +200,7 @@ def main_pid(host: Any, service: str) -> int:
 def test_a_service_that_hangs_or_dies_comes_back(host, service) -> None:
     host.sh(f"mkdir -p /run/systemd/system/{service}.service.d")
     host.write(f"/run/systemd/system/{service}.service.d/soon.conf",
-               "[Service]\nWatchdogSec=5\nRestartSec=1\nTimeoutAbortSec=3\n")  # fmt: skip
+               "[Service]\nWatchdogSec=10\nRestartSec=1\nTimeoutAbortSec=3\n")  # fmt: skip
     host.sh(f"systemctl daemon-reload; systemctl restart {service}", timeout=120)
     for number in ("STOP", "KILL"):
         before = main_pid(host, service)
@@ -211,8 +221,8 @@ def test_a_wrong_configuration_is_not_loaded_and_does_not_loop(host) -> None:
     assert host.ok("pam-agent", "--config", path, "check-config") is False
     host.ssh("systemctl restart pam-agent", timeout=120)
     host.wait("systemctl", "is-failed", "pam-agent", what="the end of the tries")
-    shown = host.ssh("systemctl status --no-pager pam-agent").stdout
-    assert "unknown key" in shown
+    host.wait("sh", "-c", "systemctl status --no-pager pam-agent | grep -q 'unknown key'",
+              what="the reason in the journal")  # fmt: skip
     assert int(host.run("systemctl", "show", "-p", "NRestarts", "--value", "pam-agent")) == 0
     host.write(path, good + "grace: 20m\n")
     host.run("systemctl", "start", "pam-agent", timeout=120)
@@ -226,7 +236,8 @@ def test_the_relay_takes_port_443_without_any_capability(host) -> None:
     host.run("systemctl", "stop", "pam-relay", timeout=120)
     host.write(path, good.replace("listen: 127.0.0.1:2222", "listen: systemd"))
     host.run("systemctl", "start", "pam-relay.socket")
-    said = "timeout 10 sh -c 'exec 3<>/dev/tcp/127.0.0.1/443; head -c 4 <&3'".replace("sh -c", "bash -c")
+    # systemd listens at once; the first who comes has the relay started.
+    said = "timeout 60 sh -c 'exec 3<>/dev/tcp/127.0.0.1/443; head -c 4 <&3'".replace("sh -c", "bash -c")
     assert host.sh(said).startswith("SSH-")
     status = host.read(f"/proc/{main_pid(host, 'pam-relay')}/status")
     assert "CapEff:\t0000000000000000" in status
@@ -244,7 +255,7 @@ def test_the_vaults_key_comes_as_a_credential(host) -> None:
         f"chown root: {systemds}; systemctl start pam-platform",
         timeout=120,
     )
-    assert '"up"' in as_user(host, "platform", "status", "--json")
+    platform_answers(host)
     assert not host.ok("runuser", "-u", "pam-platform", "--", "cat", systemds)
     host.sh(
         f"systemctl stop pam-platform; mv {systemds} {ours};"

@@ -228,7 +228,9 @@ def test_a_revoked_agent_and_relay_are_refused_everywhere(agent, enrolled, perso
     assert bundle["revoked_agents"] == ["dc1-a"]
 
 
-def test_a_bundle_is_sent_once_until_something_changes(enrolled, agent):
+def test_a_bundle_is_sent_once_until_something_changes(enrolled, agent, monkeypatch):
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)  # a new period, every six hours, is a change as well
     relay = enrolled("relay", "r1")
     first = relay.call("GET", "/relay/bundle")
 

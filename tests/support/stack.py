@@ -103,7 +103,7 @@ class Person:
         process = self.start(
             "login", "--no-browser", *private, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        timer = threading.Timer(60, process.kill)
+        timer = threading.Timer(180, process.kill)
         timer.start()
         try:
             assert process.stdout is not None

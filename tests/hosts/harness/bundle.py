@@ -28,6 +28,7 @@ from harness.network import CONTROLLER_ADDRESS, PRIVATE_ADDRESS
 from harness.people import Colleague
 from harness.playbook import ROOT, Controller, Unsafe
 from harness.servers import NamespacedPostgres, certified
+from registry import fetch_wheels
 
 SUITES = {
     "platform": "bookworm",
@@ -68,6 +69,7 @@ class Bundle:
         self._stack.callback(self.signing.close)
         self._builds: dict[str, subprocess.Popen[bytes]] = {}
         self._stack.callback(self._end_builds)
+        fetch_wheels()
         self.build(OLD)
         self.ca, self.certificate, self.key = certified(self.fleet.folder, "platform.test")
         for name, suite in SUITES.items():

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
-#: The kernel empties a cgroup a moment after its last process has ended.
-EMPTY_SECONDS = 10.0
+#: The kernel empties a cgroup a moment after its last process has ended; a busy machine takes its time.
+EMPTY_SECONDS = 60.0
 
 
 def folders(name: str) -> list[Path]:

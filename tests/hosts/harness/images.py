@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import time
 import urllib.request
 from pathlib import Path
 
@@ -26,6 +27,8 @@ DEBIAN = ("bookworm", "trixie")
 UBUNTU = ("noble",)
 #: debootstrap on a slow mirror and a busy machine; it normally takes one to three minutes.
 BUILD_SECONDS = 900
+#: A mirror may be slow or away for a moment.
+TRIES, PAUSE = 3, 10.0
 #: Raise when `_prepare` changes.
 EDITION = 3
 
@@ -82,19 +85,24 @@ def _build(suite: str, packages: str, place: Path) -> None:
         # Debian's debootstrap may not know the suite's name; all of Ubuntu's use this script.
         source = [UBUNTU_MIRROR, "/usr/share/debootstrap/scripts/gutsy"]
     print(f"==> building the root file system of {suite}, once: one to three minutes", flush=True)
-    try:
-        done = subprocess.run(
-            [*command, suite, str(scratch), *source],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=BUILD_SECONDS,
-        )
-    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
-        raise ImageError(f"debootstrap {suite}: {error}") from None
-    if done.returncode:
+    deadline = time.monotonic() + BUILD_SECONDS
+    for left in reversed(range(TRIES)):
+        try:
+            done = subprocess.run(
+                [*command, suite, str(scratch), *source],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=deadline - time.monotonic(),
+            )
+        except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+            raise ImageError(f"debootstrap {suite}: {error}") from None
+        if done.returncode == 0:
+            break
         shutil.rmtree(scratch, ignore_errors=True)
-        raise ImageError(f"debootstrap {suite}: {(done.stdout + done.stderr)[-2000:]}")
+        if not left:
+            raise ImageError(f"debootstrap {suite}: {(done.stdout + done.stderr)[-2000:]}")
+        time.sleep(PAUSE)
     _prepare(scratch)
     scratch.rename(place)
 
@@ -105,11 +113,15 @@ def _ubuntu_keyring() -> Path:
     if keyring.exists():
         return keyring
     address, digest = UBUNTU_KEYRING
-    try:
-        with urllib.request.urlopen(address, timeout=30) as answer:
-            data = answer.read(1 << 20)
-    except OSError as error:
-        raise ImageError(f"Ubuntu's archive cannot be reached: {error}") from None
+    for left in reversed(range(TRIES)):
+        try:
+            with urllib.request.urlopen(address, timeout=30) as answer:
+                data = answer.read(1 << 20)
+            break
+        except OSError as error:
+            if not left:
+                raise ImageError(f"Ubuntu's archive cannot be reached: {error}") from None
+            time.sleep(PAUSE)
     if hashlib.sha256(data).hexdigest() != digest:
         raise ImageError(f"{address} is not the file that is expected")
     package, folder = CACHE / "ubuntu-keyring.deb", CACHE / "ubuntu-keyring"

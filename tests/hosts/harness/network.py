@@ -22,7 +22,7 @@ from pathlib import Path
 CONTROLLER_ADDRESS = "10.77.0.1"
 PRIVATE_ADDRESS = "10.78.0.1"
 #: Time for processes of a namespace that is given up.
-GOODBYE_SECONDS = 5.0
+GOODBYE_SECONDS = 30.0
 
 
 def ip(*words: str) -> str:

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 HERE = Path(__file__).resolve()
-LOGIN_SECONDS = 90
+LOGIN_SECONDS = 180
 
 
 class Colleague:
@@ -46,11 +46,11 @@ class Colleague:
             process.kill()
             process.wait()
 
-    def run(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """``pam-client`` with ``words``, whatever comes of it."""
         return self.desk.ssh(shlex.join(["pam-client", *words]), user=self.name, timeout=timeout)
 
-    def query(self, account: str, sql: str, *, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def query(self, account: str, sql: str, *, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """One session: connect, run ``sql`` by psql, and end."""
         return self.run("connect", account, "--", "psql", "-XAtqc", sql, timeout=timeout)
 
