@@ -237,6 +237,13 @@ def test_a_bundle_names_the_newest_of_too_many_revoked_sessions(new_session, mon
     assert bundles._revoked_sessions() == [ended[3].pk, ended[2].pk]
 
 
+def test_a_bundle_names_sessions_of_one_moment_in_one_order(new_session):
+    """Another order would be another bundle, sent to every relay for nothing."""
+    now = timezone.now()
+    ended = [new_session(killed=True, state="ended", ended=now).pk for _ in range(12)]
+    assert bundles._revoked_sessions() == sorted(ended)
+
+
 # --- keys and commands ---------------------------------------------------------------------------------
 
 

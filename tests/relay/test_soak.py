@@ -155,9 +155,10 @@ class Soak:
                 thread.start()
             own = client.sock.getsockname()
             for link in list(self.world.relay._links.values()):
+                transport = link.transport  # none yet, of one that comes just now
                 with contextlib.suppress(OSError):
-                    if link.transport.sock.getpeername() == own:
-                        link.transport.send_soon(b"\x50\0\0\0\x04stop\0")
+                    if transport is not None and transport.sock.getpeername() == own:
+                        transport.send_soon(b"\x50\0\0\0\x04stop\0")
             time.sleep(rng.random() * 2)
             wake.set()
             for thread in exchanges:

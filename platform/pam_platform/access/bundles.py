@@ -44,5 +44,5 @@ def _revoked_agents() -> list[str]:
 def _revoked_sessions() -> list[str]:
     """Sessions cut before their time, newest first: a link of theirs could still be up."""
     rows = Session.objects.filter(killed=True, session_end__gt=timezone.now())
-    newest = rows.order_by("-ended")[: statements.MAX_REVOKED_SESSIONS]
+    newest = rows.order_by("-ended", "pk")[: statements.MAX_REVOKED_SESSIONS]
     return list(newest.values_list("pk", flat=True))
