@@ -232,7 +232,7 @@ def platform(db: None, _snapshots: Snapshots) -> Iterator[None]:
     master.write(master.source(), _snapshots.restore("init", init))
     yield
     inbox.stop_waiting()
-    inbox._waiting = None
+    inbox._waiting, inbox._ending = None, False
 
 
 class Peer:

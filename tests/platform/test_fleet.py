@@ -380,6 +380,11 @@ def test_a_stopping_worker_lets_everybody_go(agent):
     assert poll(agent, 0, wait=20)["retry_ms"] == 500
 
 
+def test_a_workers_first_poll_does_not_wait_when_the_worker_ends_already(agent):
+    inbox.stop_waiting()
+    assert poll(agent, 0, wait=20)["retry_ms"] == 500
+
+
 def test_the_watcher_ends_with_the_last_who_waits_and_starts_again(agent):
     for number in range(2):
         asked = Poll(agent, number).waits()

@@ -154,6 +154,7 @@ class Waiting:
 
 _waiting: Waiting | None = None
 _waiting_lock = threading.Lock()
+_ending = False
 
 
 def waiting() -> Waiting:
@@ -162,11 +163,15 @@ def waiting() -> Waiting:
     with _waiting_lock:
         if _waiting is None:
             _waiting = Waiting(max(1, config.current().threads // 2))
+            if _ending:
+                _waiting.stop()  # the worker's first one came too late
         return _waiting
 
 
 def stop_waiting() -> None:
-    """Let every waiting agent go, since the worker ends. Callable from a signal handler."""
+    """Let every waiting agent go, since the worker ends. Takes no lock: a signal handler calls it."""
+    global _ending
+    _ending = True  # before the look, as `waiting` looks at it after it has made one
     if _waiting is not None:
         _waiting.stop()
 
