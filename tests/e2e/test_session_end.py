@@ -19,7 +19,9 @@ from stack import form_fields
 def cut_within(postgres) -> Callable[..., str]:
     """Run ``act`` while a query sleeps; returns what the client was told and checks that it was soon."""
 
-    def cut(connection, act: Callable[[], object], seconds: float = 1.0) -> str:
+    # One for the agent, one for platform, relay, client and program, each of which waits for its turn on a
+    # machine under load.
+    def cut(connection, act: Callable[[], object], seconds: float = 2.0) -> str:
         errors: list[Exception] = []
         ended: list[float] = []
         mark = secrets.token_hex(4)
@@ -110,11 +112,11 @@ def test_an_idle_session_ends(stack, alice, connect) -> None:
 
 
 def test_a_session_ends_when_its_time_is_over(stack, alice, connect, cut_within) -> None:
-    stack.policy = {"max_duration": "15s"}
+    stack.policy = {"max_duration": "30s"}  # of which opening takes some on a machine under load
     stack.apply()
     try:
         with connect(alice) as connected, connected.open() as connection:
-            said = cut_within(connection, lambda: None, seconds=16)
+            said = cut_within(connection, lambda: None, seconds=31)
             assert "the session has expired: its time is over" in said
     finally:
         stack.policy = {}
@@ -141,7 +143,11 @@ def test_revoking_an_agent_ends_its_sessions(stack, alice, connect, cut_within) 
     done = alice.run("connect", "demo-db/readonly", "--", "true", check=False)
     assert done.returncode != 0
     stack.start_agent("dc1-b")
-    wait_for(lambda: len(stack.status("pam-relay", "relay")["routes"]) == 1, "the other agent's route")
+
+    def routed() -> set[str]:
+        return {route["agent"] for route in stack.status("pam-relay", "relay")["routes"]}
+
+    wait_for(lambda: routed() == {"dc1-b"}, "the other agent's route alone")
     alice.run("connect", "demo-db/readonly", "--", "true")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import subprocess
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from memory import in_files
 from patience import Metronome
 from processes import Process, wait_for
 from ssh_server import SshServer
@@ -173,7 +173,7 @@ def test_the_end_of_its_time_cuts_within_a_second_and_says_so(
     stack: Stack, alice: Person, tmp_path: Path
 ) -> None:
     with (
-        policy(stack, max_duration="12s"),
+        policy(stack, max_duration="30s"),  # of which opening takes some on a machine under load
         Metronome() as beat,
         asleep(alice, tmp_path) as (process, session),
     ):
@@ -181,7 +181,9 @@ def test_the_end_of_its_time_cuts_within_a_second_and_says_so(
             row for row in json.loads(alice.run("sessions", "ls", "--json").stdout) if row["id"] == session
         )
         wait_for(lambda: not process.running(), "the end of ssh", timeout=120)
-        assert -1.0 < time.time() - row["session_end"] - beat.lost() < 2.0
+        late = time.time() - row["session_end"]
+        assert late > -1.0
+        assert late - beat.lost() < 2.0
         assert "its time is over" in process.tail()
 
 
@@ -258,12 +260,10 @@ def test_an_agent_that_is_killed_loses_nothing_that_was_seen(
         stack.processes["dc1-a"].kill()
         stack.start_agent("dc1-a")
         wait_for(lambda: not process.running(), "the end of ssh")
-    events = replay(alice, session)
+    events = replay(alice, session, timeout=180)
     assert any(event["kind"] == "data" and "started" in event["data"] for event in events)
 
 
 def test_nobody_leaves_a_key_behind(stack: Stack) -> None:
     """Neither the session's keys nor the account's are in any file of the agent."""
-    for folder, _, files in os.walk(stack.folder / "dc1-a"):
-        for name in files:
-            assert b"OPENSSH PRIVATE KEY" not in (Path(folder) / name).read_bytes()
+    assert in_files(stack.folder / "dc1-a", {"a key": b"OPENSSH PRIVATE KEY"}) == {}

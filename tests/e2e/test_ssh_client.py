@@ -102,7 +102,7 @@ def program(alice: Person, config: Path) -> Callable[..., Any]:
     """Runs one of OpenSSH's programs, or one that calls ssh, to its end."""
 
     def run(*words: str, **options: Any) -> Any:
-        options = {"stdin": subprocess.DEVNULL, "text": True, "check": True, "timeout": 150, **options}
+        options = {"stdin": subprocess.DEVNULL, "text": True, "check": True, "timeout": 600, **options}
         if "input" in options:
             options.pop("stdin")
         env = alice.environment() | {"GIT_SSH_COMMAND": f"ssh -F {config}", "RSYNC_RSH": f"ssh -F {config}"}
@@ -287,7 +287,7 @@ def test_many_channels_of_one_session(program: Any, config: Path, alice: Person)
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(150)
+            thread.join(600)
         assert sorted(results) == sorted("x" * 100_000 + f"{number}\n" for number in range(20))
         assert len(json.loads(alice.run("sessions", "ls", "--json").stdout)) == before + 1
     finally:
@@ -324,6 +324,7 @@ def test_an_ansible_playbook(program: Any, config: Path, tmp_path: Path) -> None
             env={
                 "ANSIBLE_HOME": str(tmp_path),
                 "ANSIBLE_REMOTE_TEMP": str(tmp_path / "remote"),
+                "ANSIBLE_TIMEOUT": "120",  # for a login; its ten seconds are little on a machine under load
                 # For the next task, not for a minute: the session ends with it.
                 "ANSIBLE_SSH_ARGS": "-o ControlMaster=auto -o ControlPersist=2",
                 # Short: a socket's path has little room.

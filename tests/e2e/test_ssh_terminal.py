@@ -18,8 +18,8 @@ from tmux import Replayed, Tmux
 
 #: Not in the recording, and unlike anything that is.
 TYPED_SECRET = "xyzzy-plugh-27"
-#: A screen is looked at in the middle of a time of twice this in which nothing moves; the clocks of terminal
-#: and recording are matched to less.
+#: A screen is looked at in the middle of a time of twice this, and as much more as the clocks of terminal and
+#: recording may differ, in which nothing moves.
 STILL = 1.5
 
 pytestmark = pytest.mark.skipif(
@@ -60,8 +60,9 @@ def terminal(alice: Person) -> Iterator[Tmux]:
     """``pam-client connect web-02`` with a bash that shows ``demo> ``."""
     running = Tmux(alice.command("connect", "web-02"), alice.environment())
     try:
-        running.type("exec env PS1='demo> ' HISTFILE= TERM=xterm-256color bash --norc --noprofile", "Enter")
-        running.wait("demo> ")
+        # With quotes that the prompt has not: else what is typed would be taken for it.
+        running.type("exec env PS1='demo''> ' HISTFILE= TERM=xterm-256color bash --norc --noprofile", "Enter")
+        running.wait("\ndemo>\n")
         yield running
     finally:
         running.close()
@@ -84,9 +85,12 @@ class Watched:
         self.anchor = anchor
         self.screens: list[tuple[float, list[str]]] = []
         self._terminal = terminal
+        typed = time.monotonic()
         terminal.type(f"clear; echo {anchor[:3]}''{anchor[3:]}", "Enter")
         terminal.wait(anchor)
         self._began = time.monotonic()
+        # It was put out at some time between the two.
+        self._still = STILL + self._began - typed
 
     def look(self, text: str) -> None:
         """Take the screen once it holds ``text``, in the middle of a time in which it stays the same."""
@@ -94,15 +98,15 @@ class Watched:
 
         def still() -> bool:
             before = self._terminal.screen()
-            time.sleep(STILL)  # the time that is measured, not one to wait for anything
+            time.sleep(self._still)  # the time that is measured, not one to wait for anything
             middle, shown = time.monotonic(), self._terminal.screen()
-            time.sleep(STILL)
+            time.sleep(self._still)
             if not before == shown == self._terminal.screen():
                 return False
             self.screens.append((middle - self._began, [line for line in shown if line]))
             return True
 
-        wait_for(still, "a still screen")
+        wait_for(still, "a still screen", timeout=120)
 
 
 def test_vi_top_jobs_and_a_replay_that_shows_the_same_at_the_same_times(
@@ -112,12 +116,13 @@ def test_vi_top_jobs_and_a_replay_that_shows_the_same_at_the_same_times(
     job.write_text("trap 'echo going on' CONT; echo begun; while true; do sleep 0.1; done")
     watched = Watched(terminal, "anchor-4711")
     terminal.type(f"vi -u NONE {file}", "Enter")
-    terminal.wait("written-by-vi")
+    terminal.wait("[New")  # what vi says, not the typed line with the file's name
     terminal.type("igrüße, 世界", "Enter", "second line", "Escape", "k")
     watched.look("second line")
     terminal.type(":wq", "Enter")
-    wait_for(file.exists, "vi to write")
-    assert file.read_text() == "grüße, 世界\nsecond line\n"
+    text = "grüße, 世界\nsecond line\n".encode()
+    wait_for(lambda: file.exists() and file.read_bytes() == text, "vi to write")
+    terminal.wait("\ndemo>\n")
     terminal.type("clear; top -d 600", "Enter")
     watched.look("PID USER")
     terminal.type("q")
@@ -178,9 +183,11 @@ def test_what_is_typed_unseen_is_not_recorded(
     terminal.wait("Enter passphrase")
     terminal.type(TYPED_SECRET, "Enter")
     terminal.wait("ssh-ed25519 ")
-    terminal.type("read -s answer; echo got $answer | wc -c", "Enter")
+    terminal.type("read -s -p 'un''seen: ' answer; echo count=$(echo got $answer | wc -c)", "Enter")
+    terminal.wait("unseen:")  # the echo is off by then, and not before
     terminal.type(TYPED_SECRET, "Enter")
-    terminal.wait(str(len(f"got {TYPED_SECRET}\n")))
+    length = len(f"got {TYPED_SECRET}\n")
+    terminal.wait(f"count={length}")
     leave(terminal)
     events = replay(alice, alice.newest())
     assert public.split()[1][:40] in "".join(event["data"] for event in events if event["kind"] == "o")

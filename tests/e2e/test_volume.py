@@ -12,7 +12,7 @@ SIZE = 2 << 30
 #: A process may keep this much more than when it was idle: buffers, threads, allocator slack.
 ALLOWED = 40 << 20
 
-pytestmark = pytest.mark.timeout(420)
+pytestmark = pytest.mark.timeout(1800)
 
 
 class Watch:

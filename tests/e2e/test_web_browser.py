@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from chromium import Opened
+from chromium import PATIENCE_MS, Opened
 from playwright.sync_api import Browser, BrowserContext, expect
 from processes import wait_for
 from stack import Person
@@ -79,11 +79,11 @@ def test_sockets_and_server_sent_events(opened: Callable[..., Opened], context: 
     one.enter(context)
     page = context.new_page()
     page.goto(f"{one.url}/socket")
-    page.wait_for_function("window.opened", timeout=60_000)
+    page.wait_for_function("window.opened")
     for number in range(20):
         page.evaluate(f"window.say('message {number}')")
     page.evaluate("window.say('x'.repeat(300000))")
-    page.wait_for_function("window.heard.length == 21", timeout=60_000)
+    page.wait_for_function("window.heard.length == 21")
     assert page.evaluate("window.heard[19]") == "message 19"
     assert page.evaluate("window.heard[20].length") == 300000
     assert page.evaluate("window.ended") is None
@@ -91,7 +91,7 @@ def test_sockets_and_server_sent_events(opened: Callable[..., Opened], context: 
         """() => { window.got = []; window.source = new EventSource("/events");
         window.source.onmessage = (event) => window.got.push(event.data); }"""
     )
-    page.wait_for_function("window.got.length >= 3", timeout=60_000)
+    page.wait_for_function("window.got.length >= 3")
     page.evaluate("window.source.close()")
 
 
@@ -121,6 +121,7 @@ def test_the_link_works_once_and_nobody_else_gets_in(
     link = one.link
     one.enter(context)
     stranger = browser.new_context()
+    stranger.set_default_timeout(PATIENCE_MS)
     try:
         page = stranger.new_page()
         before = web_servers.seen()
@@ -196,16 +197,12 @@ def test_a_killed_session_shows_why(
     one.enter(context)
     page = context.new_page()
     page.goto(one.url)
-    (running,) = [
-        entry
-        for entry in json.loads(web_alice.run("sessions", "ls", "--active", "--json").stdout)
-        if entry["account"] == "echo/anyone"
-    ]
+    session = web_alice.newest()
     page.evaluate(
         "() => { window.answer = fetch('/sleep/60').then(async (r) => [r.status, await r.text()]); }"
     )
     wait_for(lambda: ["GET", "/sleep/60", ""] in web_servers.seen(), "the request")
-    web_alice.run("sessions", "kill", running["id"], "--reason", "left the desk")
+    web_alice.run("sessions", "kill", session, "--reason", "left the desk")
     status, text = page.evaluate("window.answer")
     assert status in (403, 502)
     assert "killed by alice: left the desk" in text
@@ -257,7 +254,8 @@ def _review(context: BrowserContext, person: Person, session: str) -> None:
     page.goto(f"{person.stack.url}/accounts/login/")
     page.fill("input[name=login]", person.name)
     page.fill("input[name=password]", person.password)
-    page.click("main button")
+    with page.expect_navigation():
+        page.click("main button")
     page.goto(f"{person.stack.url}/sessions/{session}/parts/1")
     row = page.locator("tr", has_text="https://admin.corp.test/auth/user/").first
     expect(row).to_contain_text("GET")
@@ -269,6 +267,7 @@ def _review(context: BrowserContext, person: Person, session: str) -> None:
 def _play(browser: Browser, file: Path) -> None:
     """The file serves as a whole site: nothing is asked of any network."""
     context = browser.new_context()
+    context.set_default_timeout(PATIENCE_MS)
     try:
         context.route_from_har(file, not_found="abort")
         page = context.new_page()

@@ -61,7 +61,7 @@ def test_no_credential_and_no_cookie_of_the_app_leaves_the_agent(
         assert in_memory(agent, cookies)
         for pid in {relay, one.process.pid, *family(one.process.pid)}:
             assert in_memory(pid, cookies) == set()
-        wait_for(lambda: watch.rounds >= 3, "looks at a session that works", timeout=60)
+        wait_for(lambda: watch.rounds >= 3, "looks at a session that works", timeout=180)
     assert watch.found == {}
     said = one.stop()[1]
     assert not contained(said.encode(), needles | cookies)

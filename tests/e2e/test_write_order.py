@@ -59,7 +59,7 @@ def test_the_spool_has_each_chunk_before_anybody_has_its_bytes(
         with Strace(stack.processes["dc1-a"].pid, tmp_path / "trace") as strace:
             for number in range(STATEMENTS):
                 ask(connection, number)
-            calls = strace.stop()
+            calls = stopped(strace, where.relay, DOWN, STATEMENTS)
         lines = strace.lines()
     assert len(list(sends(calls, where.target, UP))) == STATEMENTS
     assert len(list(sends(calls, where.relay, DOWN))) == STATEMENTS
@@ -69,6 +69,13 @@ def test_the_spool_has_each_chunk_before_anybody_has_its_bytes(
         for send in sends(calls, place, least):
             doctored = parse(moved_before(lines, send, writes_before(calls, send, where.spool)))
             assert unrecorded(doctored, where, up=UP, down=DOWN) != []
+
+
+def stopped(strace: Strace, where: str, least: int, count: int) -> list[Call]:
+    """All calls, with so many sends to ``where``. The client may have the last answer before strace has seen
+    its send return, and of a call that has not returned it says nothing more when it is told to end."""
+    wait_for(lambda: len(list(sends(strace.calls(), where, least))) >= count, "the last send's return")
+    return strace.stop()
 
 
 def writes_before(calls: list[Call], send: Call, spool: str) -> Call:
@@ -148,11 +155,12 @@ def killed_at(stack, postgres, connected, tmp_path, which: str, call: str) -> It
     with connected.open() as connection:
         with Strace(agent.pid, tmp_path / "look") as strace:
             ask(connection)
-            calls = strace.stop()
+            calls = stopped(strace, where.relay, DOWN, 1)
         socket, least = (where.target, UP) if which == "target" else (where.relay, DOWN)
         (send,) = sends(calls, socket, least)
         name = "write" if call == "write" else send.name
-        (spool,) = stack.folder.glob("dc1-a/spool/active/*")
+        # Its own: an earlier session's may not be finished yet.
+        (spool,) = stack.folder.glob(f"dc1-a/spool/active/{connected.session()['id']}.*")
         path = str(spool) if call == "write" else ""
         inject = f"{name}:signal=SIGKILL:when=1"
 

@@ -18,7 +18,7 @@ CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 #: Other sites, at home on this machine; every name but these leads nowhere.
 OTHER_SITES = ("evil.test", "rebound.test")
 #: For whatever a page is waited for: Playwright's own five seconds are little on a machine under load.
-PATIENCE_MS = 60_000
+PATIENCE_MS = 120_000
 expect.set_options(timeout=PATIENCE_MS)
 _RULES = ", ".join(
     [
@@ -100,8 +100,8 @@ class Opened:
         """Let the browser of ``context`` in, as the file leads it."""
         page = context.new_page()
         page.goto(self.file)
-        page.wait_for_url(f"{self.url}/**", timeout=60_000)
+        page.wait_for_url(f"{self.url}/**", timeout=PATIENCE_MS)
         page.wait_for_load_state()
-        page.wait_for_function("!location.pathname.startsWith('/.pam')", timeout=60_000)
+        page.wait_for_function("!location.pathname.startsWith('/.pam')", timeout=PATIENCE_MS)
         page.wait_for_load_state()  # of that page, with its images: no request of it comes later
         page.close()

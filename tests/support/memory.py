@@ -100,9 +100,10 @@ def _stopped(pid: int) -> Iterator[None]:
 def _rests(pid: int) -> bool:
     """Whether every thread is stopped, or is a zombie."""
     states = []
-    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
-        with contextlib.suppress(OSError):
-            states.append(task.read_text().rpartition(")")[2].split()[0])
+    with contextlib.suppress(OSError):  # it ends just now
+        for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+            with contextlib.suppress(OSError):
+                states.append(task.read_text().rpartition(")")[2].split()[0])
     return all(state in "TtZX" for state in states)
 
 

@@ -22,15 +22,17 @@ class Metronome:
     BEAT = 0.02
 
     def __init__(self) -> None:
-        self._lost = 0.0
+        self._beat = (0.0, 0.0)  # when the last one was, and what was lost until then
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metronome", daemon=True)
 
     def lost(self) -> float:
         """Seconds that were lost since the block began."""
-        return self._lost
+        # With a beat that is late now: who asks may run again before the thread does.
+        return self._lost_until(time.monotonic()) if self._thread.is_alive() else self._beat[1]
 
     def __enter__(self) -> Metronome:
+        self._beat = (time.monotonic(), 0.0)
         self._thread.start()
         return self
 
@@ -41,8 +43,10 @@ class Metronome:
         self._thread.join()
 
     def _run(self) -> None:
-        began = time.monotonic()
         while not self._over.wait(self.BEAT):
             now = time.monotonic()
-            self._lost += max(0.0, now - began - 2 * self.BEAT)
-            began = now
+            self._beat = (now, self._lost_until(now))
+
+    def _lost_until(self, now: float) -> float:
+        last, lost = self._beat
+        return lost + max(0.0, now - last - 2 * self.BEAT)

@@ -136,7 +136,11 @@ def family(pid: int) -> list[int]:
     """``pid`` and its descendants that still run."""
     found = [pid]
     for parent in found:
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+        try:
+            tasks = list(Path(f"/proc/{parent}/task").glob("*/children"))
+        except OSError:  # it ends just now
+            continue
+        for task in tasks:
             try:
                 found += [int(child) for child in task.read_text().split()]
             except OSError:

@@ -89,8 +89,11 @@ def _recording_keys(config: Path) -> list[bytes]:
 def spooled(stack: Stack, agent: str = "dc1-a") -> list[str]:
     """Every file that the agent keeps of recordings, wherever in its spool."""
     root = stack.folder / agent / "spool"
-    return sorted(
-        str(path.relative_to(root))
-        for path in root.rglob("*")
+    # In the order in which files move on: one that moves between two looks is seen by the second.
+    found = {
+        path
+        for folder in (root / "active", root / "ready", root)
+        for path in folder.rglob("*")
         if path.is_file() and path.name not in ("lock", "receipts")
-    )
+    }
+    return sorted(str(path.relative_to(root)) for path in found)

@@ -213,7 +213,7 @@ class WebServers:
     def _start(self, name: str, command: list[Any], port: str, **options: Any) -> None:
         process = Process(name, command, self.folder / f"{name}.log", **options)
         self.processes.append(process)
-        process.ready_when(lambda: listens(self.ports[port]), timeout=60)
+        process.ready_when(lambda: listens(self.ports[port]))
 
 
 def _certify(folder: Path) -> None:
