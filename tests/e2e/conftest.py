@@ -177,7 +177,7 @@ def sessions(person: Person, *options: str) -> list[dict[str, Any]]:
 def replay() -> Callable[..., list[dict[str, Any]]]:
     """The verified events of a session, once its recording is complete on the platform."""
 
-    def events(person: Person, session: str, *, timeout: float = 60) -> list[dict[str, Any]]:
+    def events(person: Person, session: str, *, timeout: float = 120) -> list[dict[str, Any]]:
         def complete() -> bool:
             found = [row for row in sessions(person) if row["id"] == session]
             return bool(found) and found[0]["recording"] == "complete"
@@ -196,7 +196,7 @@ def replay() -> Callable[..., list[dict[str, Any]]]:
 def tool(postgres: PostgresServer) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run one of PostgreSQL's own programs with the environment of a connection."""
 
-    def run(env: dict[str, str], program: str, *words: str, timeout: float = 170) -> Any:
+    def run(env: dict[str, str], program: str, *words: str, timeout: float = 600) -> Any:
         done = subprocess.run(
             [str(postgres.bin / program), *words],
             env=env,

@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -115,7 +116,7 @@ def shown(session: Session, *, grant: str | None = None, noise: bytes | None = N
     """What the agent answers to a grant: ``in``, or the words of its refusal."""
     with relay(session) as transport:
         stream = fast_ssh.open_direct(transport, session.gateway)
-        with deadline(stream, 20):
+        with deadline(stream, 90):
             channel = SecureChannel.connect(
                 stream,
                 gateway=session.gateway,
@@ -166,8 +167,16 @@ def test_abuse_13_replay_a_grant_lets_in_its_holder_until_the_session_is_killed(
     assert shown(session) == "in"
     assert shown(session) == "in", "a pool's next connection"
     alice.run("sessions", "kill", session.id)
+
+    def refused() -> bool:
+        """By the agent, or by the relay where that has heard of it before."""
+        try:
+            return "killed by alice" in shown(session)
+        except PamError as error:
+            return "refused" in str(error)
+
     # The agent hears of it within a second; how soon it cuts is tested elsewhere.
-    wait_for(lambda: "killed by alice" in shown(session), "the grant to be refused")
+    wait_for(refused, "the grant to be refused")
 
 
 def test_abuse_13_replay_a_stolen_grant_is_nothing_without_its_key(granted) -> None:
@@ -217,9 +226,12 @@ def test_abuse_13_logout_ends_the_login_and_no_session(stack, connect) -> None:
         bob.run("logout")
         assert bob.run("connect", "demo-db/owner", "--", "true", check=False).returncode != 0
         assert connection.execute("select 1").fetchone() == (1,)
-        stack.platform("user", "disable", "bob")
+        # Beside the query: who asks only after the cut may find no words any more.
+        disable = threading.Thread(target=stack.platform, args=("user", "disable", "bob"))
+        disable.start()
         with pytest.raises(psycopg.OperationalError, match="disabled"):
             connection.execute("select pg_sleep(600)")
+        disable.join()
     stack.platform("user", "enable", "bob")
 
 

@@ -25,7 +25,7 @@ def stack(tmp_path_factory) -> Iterator[Stack]:
 def run() -> Callable[..., Any]:
     def run(program: str, *words: object, **options: Any) -> Any:
         command = [str(BIN / program), *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
 
     return run
 

@@ -120,7 +120,7 @@ def _behind_proxy(world: World, folder: Path) -> Iterator[str]:
     config.write_text(yaml.safe_dump({**values, "listen": f"127.0.0.1:{port}", "behind_proxy": True}))
     process = Process("proxied", [BIN / "pam-platform", "--config", config, "serve"], folder / "log")
     try:
-        process.ready_when(lambda: listens(port), timeout=90)
+        process.ready_when(lambda: listens(port))
         yield f"http://127.0.0.1:{port}"
     finally:
         process.stop()

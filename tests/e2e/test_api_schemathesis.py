@@ -33,7 +33,7 @@ CHECKED = CHECKS.get_by_names(
 
 @pytest.mark.parametrize("name", TAGS)
 def test_generated_requests(world: World, name: str) -> None:
-    document = schemathesis.openapi.from_url(f"{world.url}/api/v1/openapi.json")
+    document = schemathesis.openapi.from_url(f"{world.url}/api/v1/openapi.json", timeout=90)
     statuses: set[int] = set()
     for found in document.get_all_operations():
         operation: Any = found.ok()

@@ -70,7 +70,12 @@ def test_the_agents_own_list_of_recipients_comes_first(stack, alice, key_file) -
     stack.agents = ("dc1-b",)
     stack.processes["dc1-a"].stop()
     stack.start_agent("dc1-b")
-    wait_for(lambda: len(stack.status("pam-relay", "relay")["routes"]) == 1, "the pinned agent's route")
+
+    def routed() -> list[str]:
+        return [route["agent"] for route in stack.status("pam-relay", "relay")["routes"]]
+
+    # By name: the relay may know the other one's route a moment longer.
+    wait_for(lambda: routed() == ["dc1-b"], "the pinned agent's route alone")
     done = alice.run("connect", "demo-db/owner", "--", "psql", "-Xc", "select 1", check=False)
     assert done.returncode != 0
     assert "which this agent does not allow" in done.stderr

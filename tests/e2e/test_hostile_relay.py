@@ -315,7 +315,9 @@ def test_the_user_of_psql_is_told(scene, alice, tmp_path, plan: Plan, words: str
     assert "psql:" in done.stderr
     assert words in done.stderr, done.stderr
     if (plan.action, plan.direction) == ("flip", "up"):  # for the operator: the agent found it
-        assert "the stream was altered" in scene.stack.processes["dc1-a"].log.read_text()
+        log = scene.stack.processes["dc1-a"].log
+        # Written when all of the connection is over, somewhat after the client was cut.
+        wait_for(lambda: "the stream was altered" in log.read_text(), "the agent's word of it")
 
 
 # --- what arrived --------------------------------------------------------------------------------------
@@ -364,6 +366,7 @@ def _uint32(data: bytes | bytearray, at: int) -> int:
 
 def real_grant(alice: Person) -> str:
     """A grant of alice's own, stolen from her machine without the key it is for."""
+    alice.run("ls")  # gets another access token if that of her login is too old by now
     tokens = json.loads((alice.home / "tokens.json").read_text())
     wish = {
         "resource": "demo-db",

@@ -30,15 +30,6 @@ def rng() -> random.Random:
     return random.Random(seed)
 
 
-def routed(stack) -> bool:
-    return bool(stack.status("pam-relay", "relay")["routes"])
-
-
-def restart(stack, name: str = "dc1-a") -> None:
-    stack.start_agent(name)
-    wait_for(lambda: routed(stack), "the agent to be back")
-
-
 def executed(postgres) -> list[str]:
     """What the target saw: the markers that it inserted by statements."""
     markers = postgres.sql("select marker from kill9 where marker like '%insert%'", database="app")
@@ -68,7 +59,7 @@ def test_20_kills_lose_nothing_that_client_or_target_saw(stack, alice, connect, 
                     time.sleep(rng.uniform(0, 0.5))
                     stack.processes["dc1-a"].kill()
                 seen += load.seen
-                restart(stack)
+                stack.restart_agent("dc1-a")
             sessions.append(connected.session()["id"])
     require_recorded(stack, sessions, [*seen, *executed(postgres)])
     ends = [end for session in sessions for _, end in StoredRecordings(stack).parts(session)]
@@ -85,10 +76,10 @@ def test_kills_while_the_platform_is_away_lose_nothing(stack, alice, connect, po
             with Load(connected.open) as load:
                 time.sleep(rng.uniform(0, 0.5))
                 stack.processes["dc1-a"].kill()
-            restart(stack)  # without a platform: it finishes the part
+            stack.restart_agent("dc1-a")  # without a platform: it finishes the part
             wait_for(lambda: [name.split("/")[0] for name in spooled(stack)] == ["ready"], "a finished part")
             stack.processes["dc1-a"].kill()
         finally:
             stack.start_platform()
-        restart(stack)
+        stack.restart_agent("dc1-a")
     require_recorded(stack, [session], [*load.seen, *(set(executed(postgres)) - before)])

@@ -8,7 +8,6 @@ import signal
 import threading
 
 import psycopg
-import pytest
 from processes import wait_for
 from stack import Stack
 from stored import spooled
@@ -35,10 +34,9 @@ def test_kill_9_of_the_agent_loses_nothing_that_a_client_saw(stack, alice, conne
         worker.start()
         wait_for(lambda: len(seen) > 200, "some statements")
         stack.processes["dc1-a"].kill()
-        worker.join(60)
+        worker.join(120)
         assert not worker.is_alive()
-    stack.start_agent("dc1-a")
-    wait_for(lambda: routed(stack), "the agent to be back")
+    stack.restart_agent("dc1-a")
     events = replay(alice, session)
     recorded = {event["sql"] for event in events if event["kind"] == "query"}
     missing = [number for number in seen if f"select {number} as counter" not in recorded]
@@ -76,7 +74,7 @@ def test_a_relay_that_restarts_is_found_again(stack, alice, connect) -> None:
         connected.open().close()  # the port is there a moment before the relay was reached
         stack.processes["relay"].stop()
         stack.start_relay()
-        wait_for(lambda: routed(stack), "the agent's route after the relay's restart", timeout=60)
+        wait_for(lambda: routed(stack), "the agent's route after the relay's restart", timeout=120)
         with connected.open() as connection:
             assert connection.execute("select 1").fetchone() == (1,)
 
@@ -90,9 +88,8 @@ def test_a_stopped_agent_drains_and_uploads(stack, alice, connect, replay) -> No
         # Draining: the open connection lives on.
         connection.execute("select 'while draining'")
         connection.close()
-    wait_for(lambda: not agent.running(), "the agent to end", timeout=60)
-    stack.start_agent("dc1-a")
-    wait_for(lambda: routed(stack), "the agent to be back")
+    wait_for(lambda: not agent.running(), "the agent to end", timeout=120)
+    stack.restart_agent("dc1-a")
     sql = [event.get("sql", "") for event in replay(alice, session)]
     assert any("while draining" in text for text in sql)
 
@@ -126,10 +123,9 @@ def test_a_full_spool_ends_sessions_with_words_and_recovers(tmp_path_factory, po
             probe = alice.run("connect", "small-db/readonly", "--", "psql", "-Xc", "select 1", check=False)
             return probe.returncode == 0
 
-        wait_for(works, "sessions to work again", timeout=60)
+        wait_for(works, "sessions to work again", timeout=120)
 
 
-@pytest.mark.timeout(240)
 def test_everything_works_with_postgresql_as_the_platforms_store(tmp_path_factory, postgres, replay) -> None:
     postgres.sql("create role pam login password 'pam-store'", "create database pam owner pam")
     url = f"postgresql://pam@127.0.0.1:{postgres.port}/pam"

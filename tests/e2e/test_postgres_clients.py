@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -102,7 +103,7 @@ def test_interrupting_psql_cancels_its_query_and_no_other(alice, connect, postgr
         assert postgres.sql(running) == "1"
         assert not cancelled
         postgres.sql(running.replace("count(*)", "pg_cancel_backend(pid)"))
-        sleeper.join(60)
+        sleeper.join(120)
         assert len(cancelled) == 1
         assert other.execute("select 7").fetchone() == (7,)
 
@@ -112,8 +113,12 @@ def test_a_pool_of_fifty_shares_one_session(alice, connect) -> None:
         connections = [pool.enter_context(connected.open()) for _ in range(50)]
         backends = {c.execute("select pg_backend_pid()").fetchone() for c in connections}
         assert len(backends) == 50
-        active = [row for row in rows(alice) if row["state"] == "active"]
-        assert len(active) == 1
+
+        def active() -> int:
+            return sum(row["state"] == "active" for row in rows(alice))
+
+        # One that was ended before may be on its way to the platform's list of the past.
+        wait_for(lambda: active() == 1, "one session alone")
 
 
 def test_psycopg_pipeline_mode_and_binary_parameters(alice, connect, replay) -> None:
@@ -170,15 +175,21 @@ def test_a_unix_socket_instead_of_a_port(alice, postgres, tmp_path: Path) -> Non
     folder.mkdir(mode=0o700)
     process = alice.start("connect", "demo-db/readonly", "--socket", str(folder), stdout=subprocess.DEVNULL)
     try:
-        wait_for(lambda: any(folder.glob(".s.PGSQL.*")), "the socket")
-        socket = next(folder.glob(".s.PGSQL.*"))
-        assert socket.stat().st_mode & 0o777 == 0o600
-        port = socket.name.rpartition(".")[2]
+        # The name is there before the mode, and that before anybody listens.
+        wait_for(lambda: any(map(listens_on, folder.glob(".s.PGSQL.*"))), "the socket")
+        at = next(folder.glob(".s.PGSQL.*"))
+        assert at.stat().st_mode & 0o777 == 0o600
+        port = at.name.rpartition(".")[2]
         with psycopg.connect(f"host={folder} port={port} dbname=app user=x") as connection:
             assert connection.execute("select current_user").fetchone() == ("demo_db_ro",)
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        process.wait(120)
+
+
+def listens_on(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def test_replication_is_refused(alice, connect) -> None:

@@ -36,7 +36,7 @@ class Load:
         ]
         for thread in self._threads:
             thread.start()
-        wait_for(lambda: len(self._started) == len(jobs), "a result on every connection")
+        wait_for(lambda: len(self._started) == len(jobs), "a result on every connection", timeout=120)
         return self
 
     def __exit__(

@@ -13,9 +13,11 @@ import contextlib
 import itertools
 import json
 import secrets
+import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,10 @@ from pam_common.recording import PartWriter, Recipient
 from pam_common.secure_channel import generate_x25519, x25519_public
 
 GATEWAYS = ("dc1", "dc2")
+#: How often ``agent`` is heard of. One that was silent for a minute counts as not running.
+HEARTBEAT = 5.0
+#: After so long another access token is asked for; one lives 15 minutes, which the tests may take longer.
+TOKEN_AGE = 300.0
 #: Name in the tests -> user. ``reviewer`` is in the group that the policy lets review, ``auditor`` is not.
 PEOPLE = {
     "owner": "alice",
@@ -119,18 +125,25 @@ class Principal:
         headers = {**options.pop("headers", {})}
         if (value := self.authorization()) is not None:
             headers.setdefault("Authorization", value)
-        options = {"timeout": 40, "allow_redirects": False, **options}
+        options = {"timeout": 90, "allow_redirects": False, **options}
         return self.http.request(method, self.url + path, headers=headers, **options)
 
 
 @dataclass
 class Holder(Principal):
-    """A person or program with an access token."""
+    """A person or program with an access token, which ``ask`` gets from the platform."""
 
-    token: str = ""
+    ask: Callable[[], str] = str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._token, self._since = self.ask(), time.monotonic()
 
     def authorization(self) -> str:
-        return f"Bearer {self.token}"
+        # Not of somebody who is disabled: theirs is refused, and they get no other.
+        if self.name != "disabled" and time.monotonic() - self._since > TOKEN_AGE:
+            self._token, self._since = self.ask(), time.monotonic()
+        return f"Bearer {self._token}"
 
 
 @dataclass
@@ -270,7 +283,29 @@ def inhabited(folder: Path, database: str) -> Iterator[World]:
         town.start_platform()
         world = World(town)
         _populate(world)
-        yield world
+        with _heard_of(world):
+            yield world
+
+
+@contextlib.contextmanager
+def _heard_of(world: World) -> Iterator[None]:
+    """Meanwhile ``agent`` asks its inbox as one that runs does, or nothing could be granted in the end."""
+    over = threading.Event()
+    # With connections of its own, since this is another thread.
+    agent = replace(world["agent"], http=requests.Session())
+
+    def ask() -> None:
+        while not over.wait(HEARTBEAT):
+            with contextlib.suppress(requests.RequestException):
+                agent.call("GET", "/api/v1/agent/inbox")
+
+    thread = threading.Thread(target=ask, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _url(folder: Path, server: PostgresServer | None) -> dict[str, str] | None:
@@ -290,8 +325,8 @@ def _populate(world: World) -> None:
     for name, user in PEOPLE.items():
         browser = Principal(name, world.url, http=world.town.person(user).web())
         world.browsers[name] = browser
-        world.principals[name] = Holder(name, world.url, token=_device_token(browser))
-    world.principals["service"] = Holder("service", world.url, token=_service_token(world))
+        world.principals[name] = Holder(name, world.url, ask=partial(_device_token, browser))
+    world.principals["service"] = Holder("service", world.url, ask=partial(_service_token, world))
     world.principals["agent"] = world.machine("agent", "dc1-a", "dc1")
     world.principals["sibling"] = world.machine("agent", "dc1-b", "dc1")
     world.principals["foreign"] = world.machine("agent", "dc2-a", "dc2")

@@ -314,6 +314,14 @@ class Stack:
         self.processes[name] = process
         return process
 
+    def restart_agent(self, name: str) -> None:
+        """Start an agent that has ended, and wait until the relay knows the way to it."""
+        log = self.folder / "relay.log"
+        before = log.read_text().count("route added")
+        self.start_agent(name)
+        # Not for just any route: the dead one's may be listed for a moment longer.
+        wait_for(lambda: log.read_text().count("route added") > before, f"a new route to {name}", timeout=120)
+
     def stop(self) -> None:
         for name in reversed(list(self.processes)):
             self.processes.pop(name).stop()
