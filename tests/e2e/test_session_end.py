@@ -19,9 +19,7 @@ from stack import form_fields
 def cut_within(postgres) -> Callable[..., str]:
     """Run ``act`` while a query sleeps; returns what the client was told and checks that it was soon."""
 
-    # One for the agent, one for platform, relay, client and program, each of which waits for its turn on a
-    # machine under load.
-    def cut(connection, act: Callable[[], object], seconds: float = 2.0) -> str:
+    def cut(connection, act: Callable[[], object], seconds: float = 1.0) -> str:
         errors: list[Exception] = []
         ended: list[float] = []
         mark = secrets.token_hex(4)

@@ -218,7 +218,6 @@ def connect(robot):
 
 def test_a_session_opens_and_a_kill_arrives_within_a_second(robot, agent):
     """With two workers, the kill and the poll are often in different ones: do it a few times."""
-    seconds = []
     for _ in range(6):
         session = connect(robot)
         opened = agent.client.post(f"/agent/sessions/{session}/open")
@@ -237,13 +236,9 @@ def test_a_session_opens_and_a_kill_arrives_within_a_second(robot, agent):
             listener.join(60)
         answer, when, lost_then = heard[0]
         assert [message["session"] for message in answer["messages"]] == [session]
-        seconds.append(when - killed - (lost_then - lost))
+        assert when - killed - (lost_then - lost) < 1
         with pytest.raises(RefusedError, match="over"):
             agent.client.post(f"/agent/sessions/{session}/open")
-    # The server's workers share two processors with other tests, of which the metronome feels little: one or
-    # the other kill may come late by that. A poll that nobody wakes lasts twenty seconds.
-    assert sorted(seconds)[len(seconds) // 2] < 1, seconds
-    assert max(seconds) < 8, seconds
 
 
 def test_waiting_agents_do_not_starve_the_rest(platform, robot, agent):

@@ -112,8 +112,17 @@ class Process:
             self._process.send_signal(number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout)
+                self._wait_for_the_rest()
         self._signal(signal.SIGKILL)  # what it left behind
         return self._process.wait()
+
+    def _wait_for_the_rest(self, seconds: float = 10.0) -> None:
+        """What it started may still have a last word to say, as ssh's ProxyCommand has."""
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.killpg(self.pid, 0)
+                time.sleep(0.02)
 
     def tail(self, size: int = 3000) -> str:
         text = self.log.read_text(errors="replace")

@@ -24,7 +24,9 @@ MAX_LINE: Final = 8192
 #: Folders in folders. Their names are of MAX_LINE together at most.
 MAX_DEPTH: Final = 256
 
-_OK, _WARNING, _FATAL = 0, 1, 2
+#: Answers and statuses: a zero byte, or one of the others with a message.
+_OK: Final = b"\0"
+_COMPLAINTS: Final = (b"\1", b"\2")
 
 
 class _State(enum.Enum):
@@ -104,8 +106,8 @@ class ScpWatch:
     def _control(self, side: int, data: memoryview, events: list[Event]) -> memoryview:
         """Take one line or one answer, or what there is of it; returns the rest."""
         line = self._lines[side]
-        if not line and data[0] == _OK:
-            taken, text = 1, b"\0"
+        if not line and data[0] == _OK[0]:
+            taken, text = 1, _OK
         else:
             piece = bytes(data[: MAX_LINE - len(line)])
             end = piece.find(b"\n")
@@ -126,12 +128,12 @@ class ScpWatch:
 
     def _sent(self, text: bytes) -> Sequence[Event]:
         if self._state is _State.STATUS:
-            self._whole = text == b"\0"
+            self._whole = text == _OK
             self._state = _State.TAKEN
             return ()
         if self._state is not _State.RECORD:
             return self._lost()  # it did not wait
-        if text[:1] in (b"\1", b"\2"):
+        if text[:1] in _COMPLAINTS:
             return ()  # a file that cannot be read; nobody answers
         self._record = text[:1].decode("ascii", "replace")
         if self._record in ("C", "D"):
@@ -158,8 +160,8 @@ class ScpWatch:
     # -- the taker -------------------------------------------------------------------------------------
 
     def _answered(self, text: bytes) -> Sequence[Event]:
-        ok = text == b"\0"
-        if not ok and text[:1] not in (b"\1", b"\2"):
+        ok = text == _OK
+        if not ok and text[:1] not in _COMPLAINTS:
             return self._lost()
         if self._state is _State.TAKEN:
             self._state = _State.RECORD
