@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+APPS := $(VENV)/apps/.installed
 WORKERS ?= auto
 MINUTES ?= 10
 # `make test AGAIN=2`: up to two tests that failed run once more, alone, and are named (tests/again.py).
@@ -33,6 +34,12 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
+$(APPS): $(STAMP) tests/apps.txt
+	@echo "==> setting up $(VENV)/apps with everything from tests/apps.txt"
+	@$(PYTHON) -m venv $(VENV)/apps
+	@$(VENV)/apps/bin/python -m pip install --quiet --disable-pip-version-check -r tests/apps.txt
+	@touch $@
+
 demo: $(STAMP) ## the whole product once, on this machine: a psql query, recorded and replayed (about a minute)
 	@$(BIN)/python tests/demo/demo.py
 
@@ -48,10 +55,10 @@ packages-installed:
 	if [ "$$(id -u)" = 0 ]; then echo "==> installing$$missing"; export DEBIAN_FRONTEND=noninteractive; apt-get update -qq; apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	else echo "error: these Debian packages are missing:$$missing" >&2; echo "HINT: sudo apt-get install$$missing" >&2; exit 1; fi
 
-test: ## everything: lint, unit and end-to-end tests against real servers, six real hosts (about 50 minutes)
-	@echo "==> make test: sets up $(VENV); installs (as root) or asks for: $(PACKAGES); then runs about 50 minutes"
+test: ## everything: lint, unit and end-to-end tests against real servers, six real hosts (about 40 minutes)
+	@echo "==> make test: sets up $(VENV); installs (as root) or asks for: $(PACKAGES); then runs about 40 minutes"
 	@$(MAKE) --no-print-directory packages-installed
-	@$(MAKE) --no-print-directory $(STAMP) lint
+	@$(MAKE) --no-print-directory $(STAMP) $(APPS) lint
 	@$(BIN)/python tests/again.py $(AGAIN) -- $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --ignore=tests/hosts
 	@$(BIN)/python -m pytest -q tests/hosts
 

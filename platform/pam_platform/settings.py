@@ -124,3 +124,6 @@ globals().update(
     ),
 )
 AUTH_USER_MODEL = AUTH_SETTINGS["AUTH_USER_MODEL"]
+# Guessing costs memory as well as time, and one login a third of what Django's default takes of a core. Older
+# hashes go on working and are replaced at the next login.
+PASSWORD_HASHERS = [f"django.contrib.auth.hashers.{name}PasswordHasher" for name in ("Scrypt", "PBKDF2")]

@@ -76,6 +76,10 @@ def versions(bundle: Bundle, *hosts: str) -> set[str]:
 
 def test_one_play_brings_up_everything(bundle: Bundle, command_lines: CommandLines) -> None:
     bundle.packages(OLD)
+    told = bundle.controller.run("site.yml", "--check", "--diff", pam_serial="100%").check().changed()
+    for host, role in (("platform", "pam_platform"), ("relay", "pam_relay"), ("gw1", "pam_agent")):
+        assert (host, f"{role} : Write the configuration") in told
+        assert bundle[host].run("sh", "-c", "ls -d /etc/pam-* 2>/dev/null || true") == "", "only told"
     bundle.controller.run("site.yml", "-vvv", pam_serial="100%").check()
     bundle.build(NEW)
     for host in GATEWAYS:

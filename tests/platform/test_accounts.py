@@ -56,6 +56,20 @@ def give_token(db):
     return give
 
 
+def test_passwords_are_kept_as_scrypt_and_older_ones_become_so(alice, settings):
+    from pam_platform.settings import PASSWORD_HASHERS
+
+    settings.PASSWORD_HASHERS = PASSWORD_HASHERS[1:]
+    alice.set_password(PASSWORD)
+    alice.save()
+    assert alice.password.startswith("pbkdf2_")
+    settings.PASSWORD_HASHERS = PASSWORD_HASHERS
+    assert Browser().login(username="alice", password=PASSWORD)
+    alice.refresh_from_db()
+    assert alice.password.startswith("scrypt$")
+    assert not alice.check_password(PASSWORD + "x")
+
+
 @pytest.mark.parametrize(
     "name", ["Alice", "älice", "a b", "", "-a", "../a", "a\n", "a" * 65, "a'--", "аlice"]
 )

@@ -24,6 +24,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from apps import app
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -199,7 +200,7 @@ class WebServers:
         self._private("jupyter_server_config.py", config)
         own = {f"JUPYTER_{name}_DIR": str(self.folder / f"jupyter-{name}") for name in ("DATA", "RUNTIME")}
         own |= {"JUPYTER_CONFIG_DIR": str(self.folder), "HOME": str(self.folder), "SHELL": "/bin/sh"}
-        command = [Path(sys.executable).with_name("jupyter-lab"), "--no-browser"]
+        command = [app("jupyter-lab"), "--no-browser"]
         self._start("lab", command, "lab_behind", env={**os.environ, **own})
 
     def _secret(self, name: str) -> dict[str, str]:
