@@ -174,8 +174,8 @@ def test_a_shell(server: Any, command: Any, client: dict[str, str]) -> None:
         if screen.comes("40 120", 2):
             break
     screen.wait("40 120")
-    screen.type("sleep 60\r")
-    screen.wait("sleep 60")
+    screen.type("echo begun-$((6*7)); sleep 60\r")
+    screen.wait("begun-42")  # what is only echoed was not read by the shell yet, which would forget the ^C
     screen.type("\x03exit 7\r")
     assert screen.close() == 7
     assert "authenticity" not in screen.seen
