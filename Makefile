@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-$(APPS): $(STAMP) tests/apps.txt
+$(APPS): tests/apps.txt | $(STAMP)
 	@echo "==> setting up $(VENV)/apps with everything from tests/apps.txt"
 	@$(PYTHON) -m venv $(VENV)/apps
 	@$(VENV)/apps/bin/python -m pip install --quiet --disable-pip-version-check -r tests/apps.txt
@@ -55,8 +55,8 @@ packages-installed:
 	if [ "$$(id -u)" = 0 ]; then echo "==> installing$$missing"; export DEBIAN_FRONTEND=noninteractive; apt-get update -qq; apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	else echo "error: these Debian packages are missing:$$missing" >&2; echo "HINT: sudo apt-get install$$missing" >&2; exit 1; fi
 
-test: ## everything: lint, unit and end-to-end tests against real servers, six real hosts (about 40 minutes)
-	@echo "==> make test: sets up $(VENV); installs (as root) or asks for: $(PACKAGES); then runs about 40 minutes"
+test: ## everything: lint, unit and end-to-end tests against real servers, six real hosts (about 70 minutes on two cores)
+	@echo "==> make test: sets up $(VENV); installs (as root) or asks for: $(PACKAGES); then runs about 70 minutes on two cores"
 	@$(MAKE) --no-print-directory packages-installed
 	@$(MAKE) --no-print-directory $(STAMP) $(APPS) lint
 	@$(BIN)/python tests/again.py $(AGAIN) -- $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --ignore=tests/hosts
@@ -76,7 +76,7 @@ format: $(STAMP) ## let ruff format and sort
 bench: packages-installed $(STAMP) ## ratios: direct, OpenSSH double tunnel, and the chain, in one run
 	@$(BIN)/python tests/bench/bench.py
 
-hosts: packages-installed $(STAMP) ## the bundle installed by Ansible on six real systemd hosts, as root (about 12 minutes)
+hosts: packages-installed $(STAMP) ## the bundle installed by Ansible on six real systemd hosts, as root (about 25 minutes)
 	@$(BIN)/python -m pytest -q tests/hosts
 
 fuzz: $(STAMP) ## fuzz the readers of untrusted bytes, MINUTES=10 for each target or for one (TARGET=tokens)

@@ -24,7 +24,9 @@ def test_tests_have_no_init_files() -> None:
 
 def test_jsonschema_comes_without_its_optional_formats() -> None:
     # Its import would take each program that reads a configuration three seconds of CPU instead of a third.
-    assert importlib.util.find_spec("rfc3987_syntax") is None, "install what brings it in tests/apps.txt"
+    assert importlib.util.find_spec("rfc3987_syntax") is None, (
+        "what brings it belongs into tests/apps.txt; an old .venv: make clean"
+    )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
