@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 APPS := $(VENV)/apps/.installed
 WORKERS ?= auto
 MINUTES ?= 10
-# `make test AGAIN=2`: up to two tests that failed run once more, alone, and are named (tests/again.py).
+# `make test AGAIN=6`: up to six tests that failed run once more, alone, and are named (tests/again.py).
 AGAIN ?= 0
 TARGET ?=
 # `make packages VERSION=1.2.3 DIST=folder KEY=gpg-key-id`: pyproject's version, dist and no signature otherwise.
@@ -59,8 +59,11 @@ test: ## everything: lint, unit and end-to-end tests against real servers, six r
 	@echo "==> make test: sets up $(VENV); installs (as root) or asks for: $(PACKAGES); then runs about 70 minutes on two cores"
 	@$(MAKE) --no-print-directory packages-installed
 	@$(MAKE) --no-print-directory $(STAMP) $(APPS) lint
-	@$(BIN)/python tests/again.py $(AGAIN) -- $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --ignore=tests/hosts
-	@$(BIN)/python -m pytest -q tests/hosts
+	@# The hosts are tried after a failure, too: one run tells all there is to mend.
+	@trap "exit 130" INT; failed=0; \
+	$(BIN)/python tests/again.py $(AGAIN) -- $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --ignore=tests/hosts || failed=1; \
+	$(BIN)/python -m pytest -q tests/hosts || failed=1; \
+	exit $$failed
 
 lint: $(STAMP) ## ruff, mypy --strict, import-linter, ansible-lint
 	@$(BIN)/ruff format --check --quiet .

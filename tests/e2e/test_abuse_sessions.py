@@ -125,7 +125,9 @@ def shown(session: Session, *, grant: str | None = None, noise: bytes | None = N
                 grant=(grant or session.grant).encode(),
             )
             try:
-                channel.sendall(STARTUP)
+                # A refusal may be here already, and its words stay to be read.
+                with suppress(BrokenPipeError):
+                    channel.sendall(STARTUP)
                 answer = channel.recv(65536)
             except RefusedError as error:
                 return str(error)

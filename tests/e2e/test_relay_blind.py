@@ -6,13 +6,12 @@ agent, and other things in the relay, so a look that finds nothing means somethi
 
 from __future__ import annotations
 
-import contextlib
 import re
 import secrets
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import psycopg
 import pytest
 from hostile_relay import cut
-from memory import Watch, contained, forms, in_memory
+from memory import Needles, Watch, contained, forms, in_memory
 from processes import wait_for
 
 RELAY = Path(__file__).parents[1] / "support" / "hostile_relay.py"
@@ -66,61 +65,105 @@ def markers(postgres) -> Markers:
     return made
 
 
-def work(connection: psycopg.Connection[Any], markers: Markers) -> None:
-    """Every marker once through the session."""
+Step = Callable[[psycopg.Connection[Any], Markers], None]
+
+
+def sql(connection: psycopg.Connection[Any], markers: Markers) -> None:
     connection.execute(f"select 1 as one /* {markers.sql} */")
+
+
+def parameter(connection: psycopg.Connection[Any], markers: Markers) -> None:
     connection.execute("select %s::text", (markers.parameter,))
+
+
+def row(connection: psycopg.Connection[Any], markers: Markers) -> None:
     found = connection.execute("select text from held where kind = 'row'").fetchone()
     assert found == (markers.row,)
+
+
+def error(connection: psycopg.Connection[Any], markers: Markers) -> None:
     with pytest.raises(psycopg.errors.InvalidTextRepresentation, match=markers.error):
         connection.execute("select concat('" + "','".join(markers.error) + "')::int")
-    with connection.cursor() as cursor:
-        with cursor.copy("copy sink from stdin") as copy:
-            for number in range(ROWS):
-                copy.write_row((f"{markers.copied_in}{number}",))
-        with cursor.copy("copy (select text from held where kind = 'out') to stdout") as copy:
-            assert sum(bytes(piece).count(markers.copied_out.encode()) for piece in copy) == ROWS
 
 
-@contextlib.contextmanager
-def at_work(connected, markers: Markers) -> Iterator[None]:
-    """A connection that is busy with the markers all the time, until the block ends."""
-    stop = threading.Event()
-    errors: list[Exception] = []
+def copied_in(connection: psycopg.Connection[Any], markers: Markers) -> None:
+    with connection.cursor() as cursor, cursor.copy("copy sink from stdin") as copy:
+        for number in range(ROWS):
+            copy.write_row((f"{markers.copied_in}{number}",))
 
-    def run() -> None:
+
+def copied_out(connection: psycopg.Connection[Any], markers: Markers) -> None:
+    statement = "copy (select text from held where kind = 'out') to stdout"
+    with connection.cursor() as cursor, cursor.copy(statement) as copy:
+        assert sum(bytes(piece).count(markers.copied_out.encode()) for piece in copy) == ROWS
+
+
+#: By the name of its marker.
+STEPS: dict[str, Step] = {step.__name__: step for step in (sql, parameter, row, error, copied_in, copied_out)}
+
+
+def work(connection: psycopg.Connection[Any], markers: Markers) -> None:
+    """Every marker once through the session."""
+    for step in STEPS.values():
+        step(connection, markers)
+
+
+class AtWork:
+    """A connection that does ``step`` again and again until the block ends."""
+
+    def __init__(self, connected: Any, step: Step, markers: Markers) -> None:
+        self.rounds = 0
+        self._connected = connected
+        self._step = step
+        self._markers = markers
+        self._stop = threading.Event()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> AtWork:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(60)
+        self._check()
+
+    def shows(self, pid: int, needles: Needles) -> bool:
+        """Whether the memory of ``pid`` does, after the step was done once more."""
+        # A look stops the process: without time for its work, nothing new could be found.
+        before = self.rounds
+        wait_for(lambda: self.rounds > before or self._error, "another round of the work", timeout=180)
+        self._check()
+        return bool(in_memory(pid, needles))
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
         try:
-            with connected.open() as connection:
-                while not stop.is_set():
-                    work(connection, markers)
+            with self._connected.open() as connection:
+                while not self._stop.is_set():
+                    self._step(connection, self._markers)
+                    self.rounds += 1
         except Exception as error:  # noqa: BLE001 - handed to the test's own thread
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(60)
-    assert errors == []
+            self._error = error
 
 
 def test_no_word_of_a_session_is_in_the_relays_memory(stack, alice, connect, markers) -> None:
     relay, agent = stack.processes["relay"].pid, stack.processes["dc1-a"].pid
     needles = markers.needles
-    with connect(alice) as connected:
+    assert set(STEPS) == set(vars(markers))
+    with connect(alice) as connected, Watch({"relay": lambda: in_memory(relay, needles)}) as watch:
         session = connected.session()["id"]
-        with at_work(connected, markers), Watch({"relay": lambda: in_memory(relay, needles)}) as watch:
-            # The same look does find things: all markers where they may be, the session's id at the relay.
-            seen: set[str] = set()
-
-            def everything() -> bool:
-                seen.update(name.split()[0] for name in in_memory(agent, needles))
-                return seen == set(vars(markers))
-
-            wait_for(everything, "all markers in the agent's memory", timeout=180)
-            wait_for(lambda: watch.rounds >= 5, "some looks at the relay", timeout=180)
+        # The same look does find things: each marker where it may be, the session's id at the relay.
+        for name, step in STEPS.items():
+            with AtWork(connected, step, markers) as busy:
+                assert any(busy.shows(agent, forms(name, getattr(markers, name))) for _ in range(50)), name
+        with AtWork(connected, work, markers):
+            wanted = watch.rounds + 5
+            wait_for(lambda: watch.rounds >= wanted, "some looks at the relay", timeout=180)
             assert "session raw" in in_memory(relay, forms("session", session))
     assert watch.found == {}
     assert in_memory(relay, needles) == set()

@@ -16,7 +16,8 @@ from web_servers import WebServers
 
 pytestmark = pytest.mark.timeout(900)
 
-ASK = "import os, urllib.request as r; print(len(r.urlopen(os.environ['PAM_URL'] + '/headers').read()))"
+#: No page that shows the request's own headers: it would show the credential.
+ASK = "import os, urllib.request as r; print(len(r.urlopen(os.environ['PAM_URL'] + '/bytes/4096').read()))"
 
 
 def app_sessions(servers: WebServers) -> list[str]:
