@@ -233,7 +233,7 @@ def test_no_agent_is_said_in_words(relay) -> None:
 
 def test_stalled_handshakes_do_not_stop_others_and_end_in_time(world, wait_for) -> None:
     """A stalled handshake blocks the listener; slow-loris (CVE-2026-7776, CVE-2024-12289)."""
-    world.start(Limits(login_timeout=8, unauthenticated_per_address=50))
+    world.start(Limits(login_timeout=20, unauthenticated_per_address=50))
     stalled = [socket.create_connection(world.address) for _ in range(30)]
     for number, sock in enumerate(stalled):
         sock.sendall((b"", b"SSH-2.0-slow", b"SSH-2.0-slow\r\n", b"SSH-2.0-slow\r\n\0\0")[number % 4])
@@ -360,7 +360,7 @@ def test_an_older_bundle_is_refused(relay) -> None:
 
 
 def test_a_tunnel_ends_with_its_certificate(relay, wait_for) -> None:
-    agent = relay.agent(lifetime=8)
+    agent = relay.agent(lifetime=20)
     stays = relay.agent("dc1-b")
     wait_for(lambda: not agent.transport.is_active())
     assert stays.transport.is_active()
@@ -369,7 +369,7 @@ def test_a_tunnel_ends_with_its_certificate(relay, wait_for) -> None:
 
 def test_a_clients_connection_ends_with_its_certificate_once_it_is_idle(relay, wait_for) -> None:
     relay.agent()
-    idle, busy = relay.client(lifetime=8), relay.client(lifetime=8)
+    idle, busy = relay.client(lifetime=20), relay.client(lifetime=20)
     stream = fast_ssh.open_direct(busy, "dc1")
     wait_for(lambda: not idle.is_active())
     stream.sendall(b"still in its session")

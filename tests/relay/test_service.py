@@ -91,7 +91,12 @@ def test_a_relay_starts_and_serves_while_its_platform_is_away(
         stream.sendall(b"hello")
         assert stream.recv(100) == b"hello"
         stream.close()
-        wait_for(lambda: "away" in json.loads(run(config, "status", "--json").stdout)["platform"])
+
+        def said() -> str:
+            done = run(config, "status", "--json")
+            return str(json.loads(done.stdout)["platform"]) if done.returncode == 0 else ""
+
+        wait_for(lambda: "away" in said())
     finally:
         again.terminate()
         assert again.wait(60) == 0

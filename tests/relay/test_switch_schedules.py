@@ -49,8 +49,8 @@ def relay() -> Any:
     spec.loader.exec_module(module)
     world = module.World()
     world.start()
-    world.far = world.agent(echo=False)
-    world.near = world.client()
+    world.far = world.agent(echo=False, lifetime=7200)
+    world.near = world.client(lifetime=7200)
     links = [link.transport for link in world.relay._links.values()]
     world.all_ends = [world.near, world.far.transport, *links]
     for transport in world.all_ends:

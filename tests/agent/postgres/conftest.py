@@ -407,7 +407,7 @@ def psql(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             [program, "-XAtw", url, *arguments],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
             env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PGPASSFILE": "/dev/null"},
             **options,

@@ -84,5 +84,6 @@ def test_a_platform_that_does_not_answer_is_asked_again(path: Path, server, plat
     receipts.add(head(new_session_id()))
     for _ in range(2):
         receipts.check()
-    assert [record.message for record in caplog.records] == ["receipts not checked, will try again"]
+    ours = [record.message for record in caplog.records if record.message.startswith("receipts")]
+    assert ours == ["receipts not checked, will try again"]
     assert receipts.lost == []

@@ -181,7 +181,7 @@ class Gate:
         self, *words: str, options: Sequence[str] = (), **more: Any
     ) -> subprocess.CompletedProcess[bytes]:
         command = ["ssh", *self.options, *options, "-p", str(self.port), "me@127.0.0.1", *words]
-        more.setdefault("timeout", 60)
+        more.setdefault("timeout", 300)
         if "input" not in more:
             more.setdefault("stdin", subprocess.DEVNULL)
         return subprocess.run(command, capture_output=True, check=False, **more)
@@ -189,7 +189,7 @@ class Gate:
     def run(self, program: str, *words: str, **more: Any) -> subprocess.CompletedProcess[bytes]:
         """``scp``, ``sftp`` with its own options before ``words``."""
         command = [program, *self.options, "-P", str(self.port), *words]
-        more.setdefault("timeout", 100)
+        more.setdefault("timeout", 300)
         return subprocess.run(command, capture_output=True, check=False, **more)
 
     # -- the recording ---------------------------------------------------------------------------------

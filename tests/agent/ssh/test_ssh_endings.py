@@ -67,11 +67,15 @@ def start(gate, *words: str, **options) -> subprocess.Popen[bytes]:
 def test_a_kill_cuts_an_idle_session_with_its_reason(gate) -> None:
     process = start(gate, "sleep 1000", stdin=subprocess.PIPE)
     wait_for(lambda: gate.kinds("exec"), "the command")
-    seconds, said = killed(gate, process)
-    assert "the session was killed: a test" in said
-    assert seconds < 3  # under load; the agent's part is measured below
+    with Metronome() as beat:
+        began = time.monotonic()
+        gate.end("the session was killed: a test")
+        gate.ended()
+        # The agent's part. How soon ssh goes then is its own matter.
+        assert time.monotonic() - began - beat.lost() < 3
+    _, said = process.communicate(timeout=60)
+    assert b"the session was killed: a test" in said
     assert process.returncode == 255
-    gate.ended()
     assert gate.kinds("end")[0]["reason"] == "the session was killed: a test"
 
 
@@ -277,13 +281,13 @@ def test_abuse_5_a_client_without_strict_key_exchange_is_refused(gate) -> None:
 
 
 def test_a_client_that_floods_and_never_reads_is_slowed_not_kept(gate) -> None:
-    """Sixty-four channels, each with a target that answers without end, and nobody who reads."""
+    """Forty channels, each with a target that answers without end, and nobody who reads."""
     before = peak()
     transport = client(gate)
     transport.auth_none("x")
     channels = []
     for _ in range(40):
-        channel = transport.open_session(window_size=1 << 24, timeout=60)
+        channel = transport.open_session(window_size=1 << 22, timeout=60)
         channel.exec_command("cat /dev/zero")
         channels.append(channel)
         transport.packetizer.set_keepalive(0, lambda: None)

@@ -376,6 +376,22 @@ def test_a_window_beyond_4_gib_ends_the_connection() -> None:
     assert isinstance(table.failure, ClientProtocolError)
 
 
+def test_a_target_that_hangs_up_after_its_close_has_finished() -> None:
+    """The exit status is with the user; the answer to the close may take as long as the way to them."""
+    table = Table()
+    _, target = table.open()
+    table.say(TARGET, codec.message(codec.CLOSE, target))
+    table.board.end(TARGET, None)
+    assert table.board.finished
+
+
+def test_a_target_that_hangs_up_with_a_channel_open_has_not() -> None:
+    table = Table()
+    table.open()
+    table.board.end(TARGET, None)
+    assert not table.board.finished
+
+
 def test_a_peer_that_takes_tiny_packets_gets_no_channel() -> None:
     table = Table()
     table.wish(packet=16)

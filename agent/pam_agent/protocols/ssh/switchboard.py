@@ -71,7 +71,7 @@ class Switchboard:
         fail = partial(self.end, TARGET)
         self._requests = GlobalRequests(self._binds, self._record, fail, self._legs, self._lock)
         self._over = False
-        self.finished = False  #: it ended when all of its channels were over
+        self.finished = False  #: it ended when the target had closed all of its channels
         self._behind = [False, False]
         self.bytes_up = 0
         self.bytes_down = 0
@@ -96,7 +96,9 @@ class Switchboard:
                 return
             self._over = True
             channels = {id(channel): channel for table in self._channels for channel in table.values()}
-            self.finished = not channels and self._numbers > 0
+            # What the target has closed is over for it; the user's answer to that may still be under way.
+            closed = all(channel.ends[TARGET].closed for channel in channels.values())
+            self.finished = closed and self._numbers > 0
             events = [event for channel in channels.values() for event in channel.watch.closed()]
             try:
                 self._record(events)
