@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import socket
-import stat
 import threading
 
 from pam_common.errors import PamError
-from pam_common.stream import DeliveringStream, Stream
+from pam_common.stream import Stream
 
 #: One read; as the listener's own.
 CHUNK = 128 << 10
@@ -24,8 +22,6 @@ class Splice:
         self._source = source
         self._sink = sink
         self._stopped = False
-        self._room = select.poll()
-        self._room.register(sink, select.POLLOUT)
 
     def run(self) -> None:
         """Carry until the stream has ended, or nobody reads what it says.
@@ -36,9 +32,6 @@ class Splice:
         # A daemon: a read from a terminal cannot be woken, and need not be when all else is over.
         threading.Thread(target=self._up, name="stdin-up", daemon=True).start()
         try:
-            # A pipe that has room takes PIPE_BUF bytes at once; a file or a terminal promises nothing.
-            if isinstance(self._stream, DeliveringStream) and stat.S_ISFIFO(os.fstat(self._sink).st_mode):
-                self._stream.deliver_to(self._hand)
             while data := self._stream.recv(CHUNK):
                 if not self._write(data):
                     self._stream.abort()
@@ -57,15 +50,6 @@ class Splice:
             while data := os.read(self._source, CHUNK):
                 self._stream.sendall(data)
             self._stream.shutdown(socket.SHUT_WR)
-
-    def _hand(self, data: bytes) -> int:
-        """Stream → sink in the thread that reads the relay's connection, which must not wait."""
-        if len(data) > select.PIPE_BUF or not self._room.poll(0):
-            return 0
-        try:
-            return os.write(self._sink, data)
-        except OSError:
-            return 0  # nobody reads it any more: the other thread finds out
 
     def _write(self, data: bytes) -> bool:
         view = memoryview(data)

@@ -1,108 +1,47 @@
-"""stdin and stdout joined to a stream; what another thread brings is written there if that cannot wait."""
+"""A stream joined to two file descriptors, and how that ends."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import queue
-import select
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pam_client.stdio import Splice
-
-
-class Delivering:
-    """A stream that gives its ``take`` to the test; ``recv`` returns what is put, ``b""`` ends it."""
-
-    def __init__(self) -> None:
-        self.coming: queue.Queue[bytes] = queue.Queue()
-        self.take: Callable[[bytes], int] | None = None
-        self.sent = b""
-        self.aborted = False
-
-    def deliver_to(self, take: Callable[[bytes], int]) -> None:
-        self.take = take
-
-    def recv(self, size: int) -> bytes:
-        return self.coming.get(timeout=60)
-
-    def sendall(self, data: bytes) -> None:
-        self.sent += bytes(data)
-
-    def shutdown(self, how: int) -> None: ...
-
-    def close(self) -> None: ...
-
-    def abort(self) -> None:
-        self.aborted = True
+from pam_common.stream import SocketStream
 
 
 @pytest.fixture
-def pipe() -> Iterator[tuple[int, int]]:
-    ends = os.pipe()
-    yield ends
-    for end in ends:
-        with contextlib.suppress(OSError):
+def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
+    here, there = socket.socketpair()
+    there.settimeout(60)
+    with here, there:
+        yield here, there
+
+
+def test_both_ways_and_their_ends(ends: tuple[socket.socket, socket.socket], tmp_path: Path) -> None:
+    here, there = ends
+    (tmp_path / "in").write_bytes(b"asked")
+    there.sendall(b"answered")
+    there.shutdown(socket.SHUT_WR)
+    with (tmp_path / "in").open("rb") as source, (tmp_path / "out").open("wb") as sink:
+        Splice(SocketStream(here), source.fileno(), sink.fileno()).run()
+        assert there.recv(100) == b"asked"
+        assert there.recv(100) == b"", "the end of the source is the stream's half-close"
+    assert (tmp_path / "out").read_bytes() == b"answered"
+
+
+def test_when_nobody_reads_any_more_the_stream_is_ended(ends: tuple[socket.socket, socket.socket]) -> None:
+    here, there = ends
+    unread, sink = os.pipe()
+    source, held = os.pipe()
+    os.close(unread)
+    try:
+        there.sendall(b"unread")
+        Splice(SocketStream(here), source, sink).run()
+        assert there.recv(100) == b""
+    finally:
+        for end in (source, held, sink):
             os.close(end)
-
-
-@pytest.fixture
-def source() -> Iterator[int]:
-    with Path(os.devnull).open("rb") as nothing:
-        yield nothing.fileno()
-
-
-def joined(source: int, sink: int) -> Delivering:
-    """A stream whose splice has begun, and ended: what it gave to the stream stays."""
-    stream = Delivering()
-    stream.coming.put(b"")
-    Splice(stream, source, sink).run()
-    return stream
-
-
-def test_what_a_pipe_has_room_for_is_written_by_who_brings_it(pipe: tuple[int, int], source: int) -> None:
-    take = joined(source, pipe[1]).take
-    assert take is not None
-    assert take(b"a key") == 5
-    assert os.read(pipe[0], 100) == b"a key"
-
-
-def test_nobody_waits_for_a_pipe_that_is_full(pipe: tuple[int, int], source: int) -> None:
-    take = joined(source, pipe[1]).take
-    assert take is not None
-    while take(b"x" * select.PIPE_BUF):
-        pass
-    assert take(b"x") == 0, "and not a byte more"
-    os.read(pipe[0], 1 << 20)
-    assert take(b"x") == 1
-
-
-def test_what_a_pipe_might_take_in_parts_is_left_to_the_other_thread(
-    pipe: tuple[int, int], source: int
-) -> None:
-    take = joined(source, pipe[1]).take
-    assert take is not None
-    assert take(b"x" * (select.PIPE_BUF + 1)) == 0
-
-
-def test_a_file_is_written_by_the_thread_that_may_wait(tmp_path: Path, source: int) -> None:
-    stream = Delivering()
-    stream.coming.put(b"all of it")
-    stream.coming.put(b"")
-    with (tmp_path / "out").open("wb") as sink:
-        Splice(stream, source, sink.fileno()).run()
-    assert stream.take is None
-    assert (tmp_path / "out").read_bytes() == b"all of it"
-
-
-def test_when_nobody_reads_any_more_the_stream_is_ended(pipe: tuple[int, int], source: int) -> None:
-    stream = Delivering()
-    stream.coming.put(b"unread")
-    os.close(pipe[0])
-    Splice(stream, source, pipe[1]).run()
-    assert stream.aborted
-    assert stream.take is not None
-    assert stream.take(b"unread") == 0

@@ -1,7 +1,7 @@
 """The user's Stream as a socket, which a transport needs: the kernel's buffer between them keeps its reader
 thread from ever waiting for a peer.
 
-    Stream ── the thread that brings it, or "…-up" ──▶ socket pair ──▶ transport
+    Stream ── thread "…-up" ──▶ socket pair ──▶ transport
     Stream ◀── the session's thread ── socket pair ◀── transport
 """
 
@@ -14,7 +14,7 @@ from typing import Final
 
 from pam_common.errors import PamError, UnavailableError
 from pam_common.secure_channel import deadline
-from pam_common.stream import DeliveringStream, Stream
+from pam_common.stream import Stream
 
 #: One read in each direction: what a batch of packets has. Touched only as far as it is filled.
 SIZE: Final = 256 << 10
@@ -68,16 +68,7 @@ class Bridge:
 
     def _carry_up(self) -> None:
         with contextlib.suppress(OSError, PamError):
-            if isinstance(self._client, DeliveringStream):
-                self._client.deliver_to(self._hand)
             while data := self._client.recv(SIZE):
                 self._near.sendall(data)
         with contextlib.suppress(OSError):
             self._near.shutdown(socket.SHUT_WR)
-
-    def _hand(self, data: bytes) -> int:
-        """Client → transport in the thread that reads the tunnel, which must not wait."""
-        try:
-            return self._near.send(data, socket.MSG_DONTWAIT)
-        except OSError:
-            return 0  # full, or closed: the upward thread's to wait for or to find out
