@@ -29,6 +29,8 @@ log = get_logger("agent.session")
 
 #: Time for an Interceptor to tell its client why, in the protocol's own words.
 LAST_WORDS = 0.3
+#: A wait for threads of ours goes by in such steps: what keeps them from running keeps us as often.
+STEP = 0.02
 #: With both sides shut down, a thread that runs on is stuck in something else (a name resolver, say).
 STRAGGLER_TIMEOUT = 10.0
 #: The platform's answer is bounded at 10 s; more is not worth a user's wait.
@@ -250,7 +252,10 @@ class Session:
 
     def _wait_empty(self, timeout: float) -> bool:
         with self._condition:
-            return self._condition.wait_for(lambda: not self._live, timeout)
+            for _ in range(max(1, round(timeout / STEP))):
+                if self._condition.wait_for(lambda: not self._live, STEP):
+                    return True
+            return not self._live
 
     # -- what it tells -------------------------------------------------------------------------------
 

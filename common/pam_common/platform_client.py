@@ -113,6 +113,7 @@ class PlatformClient:
             headers["Authorization"] = self._authorization()
         if "data" in options:
             headers.setdefault("Content-Type", "application/octet-stream")
+        sent = time.time()
         try:
             response = self._session().request(
                 method,
@@ -132,7 +133,7 @@ class PlatformClient:
             raise UnavailableError(
                 f"the platform at {self.base_url} does not answer: {_reason(error)}"
             ) from None
-        self._note_clock(response)
+        self._note_clock(response, sent)
         if response.status_code >= 300:
             with response:
                 raise _error(response)
@@ -150,12 +151,14 @@ class PlatformClient:
             self._local.session = session
         return session
 
-    def _note_clock(self, response: requests.Response) -> None:
+    def _note_clock(self, response: requests.Response, sent: float) -> None:
         try:
             seen = parsedate_to_datetime(response.headers["Date"]).timestamp()
         except (KeyError, ValueError, TypeError):
             return
-        offset = seen - time.time()
+        # Written at some moment while we waited, and cut to whole seconds: what we went by stays if it can.
+        # Else who stood still before reading an answer would take that for a difference.
+        offset = min(max(self._offset, seen - time.time()), seen + 1 - sent)
         if abs(offset) > _NOTABLE_OFFSET and abs(self._offset) <= _NOTABLE_OFFSET:
             log.warning("clock differs from the platform's, going by that one", extra=kv(seconds=int(offset)))
         # Date has whole seconds: below two there is nothing to correct.

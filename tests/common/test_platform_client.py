@@ -4,9 +4,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import requests
 
 from pam_common import platform_client
 from pam_common.errors import AuthenticationError, PamError, ProtocolError, RefusedError, UnavailableError
@@ -119,6 +121,16 @@ def test_the_platforms_clock_is_used(url: str) -> None:
         began = time.monotonic()
         platform.get("/200/ok")
         assert -5 < platform.now() - 2177452799 < 5 + time.monotonic() - began
+
+
+def test_an_answer_that_is_read_late_is_no_difference_of_clocks() -> None:
+    """A process that stood still with an answer in its socket must not give sessions more time for it."""
+    platform = PlatformClient("http://127.0.0.1:1")
+    answer = requests.Response()
+    written = time.time() - 5
+    answer.headers["Date"] = formatdate(written, usegmt=True)
+    platform._note_clock(answer, written - 0.1)
+    assert abs(platform.now() - time.time()) < 0.5
 
 
 def test_no_answer_is_unavailable() -> None:

@@ -32,7 +32,7 @@ def test_kill_9_of_the_agent_loses_nothing_that_a_client_saw(stack, alice, conne
 
         worker = threading.Thread(target=work)
         worker.start()
-        wait_for(lambda: len(seen) > 200, "some statements")
+        wait_for(lambda: len(seen) > 200, "some statements", timeout=300)
         stack.processes["dc1-a"].kill()
         worker.join(120)
         assert not worker.is_alive()

@@ -72,8 +72,14 @@ def routed(stack) -> bool:
 def status(stack) -> dict:
     """What the agent says of itself, also while it is not well."""
     command = [BIN / "pam-agent", "--config", stack.folder / f"{AGENT}.yml", "status", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return json.loads(done.stdout)
+    said: list[str] = []
+
+    def answers() -> bool:  # one that stands still for five seconds says nothing
+        said[:] = [subprocess.run(command, capture_output=True, text=True, check=False).stdout]
+        return bool(said[0])
+
+    wait_for(answers, "the agent's status")
+    return json.loads(said[0])
 
 
 def uploads(stack) -> dict:
@@ -210,7 +216,7 @@ def test_a_second_agent_on_a_spool_is_refused_and_disturbs_nobody(stack, alice) 
     assert done.returncode == 1
     assert "another agent process uses the spool" in done.stderr
     assert "state_dir" in done.stderr
-    assert stack.status("pam-agent", AGENT)["state"] == "running"
+    assert status(stack)["state"] == "running"
     assert works(alice)
 
 

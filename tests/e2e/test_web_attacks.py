@@ -22,7 +22,7 @@ from stack import Person, Stack
 from web_servers import WebServers
 
 #: The first test waits for three servers, a browser and the whole product, on a machine under load.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 OTHER_UID = 65534
 

@@ -16,7 +16,7 @@ from stack import Person
 from web_servers import WebServers
 
 #: The first test waits for three servers, a browser and the whole product, on a machine under load.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 
 def test_django_admin_is_logged_in_and_its_forms_work(

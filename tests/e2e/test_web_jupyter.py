@@ -14,7 +14,7 @@ from processes import wait_for
 from stack import Person
 from web_servers import WebServers
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")

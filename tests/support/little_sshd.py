@@ -138,10 +138,12 @@ def serve(stream: Any, host_key: CertificateKey, *, login: bool = True) -> None:
         with contextlib.suppress(OSError):
             theirs.shutdown(socket.SHUT_RDWR)
 
-    threading.Thread(target=up, daemon=True).start()
     with contextlib.suppress(OSError):
-        while data := theirs.recv(65536):
+        data = theirs.recv(65536)  # the identification, before the other side's end can close its socket
+        threading.Thread(target=up, daemon=True).start()
+        while data:
             stream.sendall(data)
+            data = theirs.recv(65536)
     stream.shutdown(socket.SHUT_WR)
     transport.close()
     theirs.close()

@@ -29,6 +29,7 @@ class Load:
         self._run = secrets.token_hex(4)
         self._stopping = threading.Event()
         self._started: set[str] = set()
+        self._failed: dict[str, Exception] = {}
         jobs = (self._simple, self._simple, self._pipeline, self._copy_in, self._copy_out, self._insert)
         self._threads = [
             threading.Thread(target=self._work, args=(job, f"{job.__name__[1:]}{place}"), daemon=True)
@@ -36,7 +37,12 @@ class Load:
         ]
         for thread in self._threads:
             thread.start()
-        wait_for(lambda: len(self._started) == len(jobs), "a result on every connection", timeout=120)
+        wait_for(
+            lambda: self._failed or len(self._started) == len(jobs),
+            "a result on every connection",
+            timeout=120,
+        )
+        assert not self._failed, self._failed
         return self
 
     def __exit__(
@@ -55,8 +61,10 @@ class Load:
                         return
                     self.seen += job(connection, f"<{self._run}-{name}-{number}>")
                     self._started.add(name)
-        except psycopg.Error:
-            return  # the agent is gone: what was seen is seen
+        except psycopg.Error as error:
+            if name not in self._started:
+                self._failed[name] = error
+            # Else the agent is gone: what was seen is seen.
 
     @staticmethod
     def _simple(connection: psycopg.Connection[Any], marker: str) -> list[str]:

@@ -62,11 +62,9 @@ def contained(data: bytes, needles: Needles) -> set[str]:
 
 def in_memory(pid: int, needles: Needles) -> set[str]:
     """The names of the needles in any readable mapping of ``pid``; nothing of a process that is gone."""
-    found: set[str] = set()
-    with _stopped(pid):
-        for piece in _pieces(pid, max(map(len, needles.values()))):
-            found |= contained(piece, needles)
-    return found
+    with _stopped(pid):  # for the copy only: on a slow machine others wait for it
+        pieces = list(_pieces(pid, max(map(len, needles.values()))))
+    return {name for piece in pieces for name in contained(piece, needles)}
 
 
 def clients(home: Path) -> list[int]:

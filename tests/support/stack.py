@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -260,7 +261,8 @@ class Stack:
 
     def start(self) -> None:
         """Initialise the platform, apply access.yml, enrol and start everything, wait until it is usable."""
-        self.start_platform()
+        if "platform" not in self.processes or not self.processes["platform"].running():
+            self.start_platform()
         self.start_relay()
         for name in self.agents:
             self.start_agent(name)
@@ -339,8 +341,16 @@ class Stack:
     def status(self, program: str, name: str) -> dict[str, Any]:
         """What ``pam-agent status --json`` or ``pam-relay status --json`` says."""
         command = [BIN / program, "--config", self.folder / f"{name}.yml", "status", "--json"]
-        answer: dict[str, Any] = json.loads(_run(command))
-        return answer
+        give_up = time.monotonic() + 60
+        while True:
+            try:
+                answer: dict[str, Any] = json.loads(_run(command))
+            except RuntimeError as error:
+                # 69: nothing answers yet, or not within its five seconds.
+                if "exited with 69" not in str(error) or time.monotonic() > give_up:
+                    raise
+            else:
+                return answer
 
     def person(self, name: str) -> Person:
         return Person(self, name, self.passwords[name], self._private(f"home-{name}"))
