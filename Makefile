@@ -55,8 +55,8 @@ packages-installed:
 	if [ "$$(id -u)" = 0 ]; then echo "==> installing$$missing"; export DEBIAN_FRONTEND=noninteractive; apt-get update -qq; apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	else echo "error: these Debian packages are missing:$$missing" >&2; echo "HINT: sudo apt-get install$$missing" >&2; exit 1; fi
 
-test: ## everything: lint, unit and end-to-end tests against real servers, six real hosts (about 70 minutes on two cores)
-	@echo "==> make test: sets up $(VENV); installs (as root) or asks for: $(PACKAGES); then runs about 70 minutes on two cores"
+test: ## everything: lint, unit and end-to-end tests against real servers, six real hosts (about an hour on two cores)
+	@echo "==> make test: sets up $(VENV); installs (as root) or asks for: $(PACKAGES); then runs about an hour on two cores"
 	@$(MAKE) --no-print-directory packages-installed
 	@$(MAKE) --no-print-directory $(STAMP) $(APPS) lint
 	@# The hosts are tried after a failure, too: one run tells all there is to mend.
