@@ -20,7 +20,7 @@ KEY ?=
 
 # Programs that `make test` runs against, and the Debian packages that bring them.
 PACKAGES := postgresql postgresql-client openssh-client openssh-server openssh-sftp-server rsync git tmux vim-tiny procps asciinema strace faketime curl chromium nginx python3-venv \
-	systemd-container debootstrap iproute2 nftables gpg gpgv lintian rpmlint rpm wrk
+	systemd-container debootstrap iproute2 nftables gpg gpg-agent gpgv openssl lintian rpmlint rpm wrk
 
 .PHONY: help demo demo-up check test lint format hosts bench fuzz audit packages lock packages-installed clean
 

@@ -15,6 +15,7 @@ network, which only the gateways' hosts are in.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import subprocess
@@ -262,6 +263,7 @@ class Signing:
         subprocess.run(command, capture_output=True, check=False)
 
 
+@functools.cache
 def available(suite: str) -> str:
     """``suite``, or Debian 12 where it cannot be had; the reason is printed."""
     try:

@@ -59,6 +59,13 @@ class Colleague:
         words = ["pam-client", "connect", account, "--", "psql", "-X", *psql]
         return self.desk.popen(shlex.join(words), user=self.name)
 
+    def recorded(self) -> bool:
+        """Whether the recording of every session that was used is complete; False if nobody can say now."""
+        done = self.run("sessions", "ls", "--json")
+        if done.returncode:
+            return False
+        return {row["recording"] for row in json.loads(done.stdout) if row["connections"]} == {"complete"}
+
     def sessions(self) -> list[dict[str, Any]]:
         done = self.run("sessions", "ls", "--json")
         assert done.returncode == 0, done.stderr

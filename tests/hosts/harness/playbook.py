@@ -98,6 +98,7 @@ class Controller:
             "ANSIBLE_SSH_ARGS": " ".join([*ssh, "-o ControlMaster=auto -o ControlPersist=30s"]),
             "ANSIBLE_SSH_CONTROL_PATH_DIR": str(self._sockets()),
             "ANSIBLE_FORKS": "6",
+            "ANSIBLE_TIMEOUT": "120",  # for sudo's answer, too, on hosts that share two cores
             "ANSIBLE_NOCOLOR": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
         }

@@ -24,7 +24,8 @@ class CommandLines:
         self._thread.start()
 
     def holding(self, secrets: Iterable[str]) -> list[bytes]:
-        return [line for line in self.seen if any(secret.encode() in line for secret in secrets)]
+        seen = self.seen.copy()  # the watch goes on
+        return [line for line in seen if any(secret.encode() in line for secret in secrets)]
 
     def close(self) -> None:
         self._stop.set()
@@ -32,9 +33,11 @@ class CommandLines:
 
     def _watch(self) -> None:
         while not self._stop.wait(EVERY_SECONDS):
-            for file in Path("/proc").glob("[0-9]*/cmdline"):
+            for process in Path("/proc").iterdir():
+                if not process.name.isdigit():
+                    continue
                 try:
-                    self.seen.add(file.read_bytes())
+                    self.seen.add((process / "cmdline").read_bytes())
                 except OSError:
                     continue  # it has ended
 
