@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 APPS := $(VENV)/apps/.installed
 WORKERS ?= auto
 MINUTES ?= 10
-# `make test AGAIN=6`: up to six tests that failed run once more, alone, and are named (tests/again.py).
+# `make test AGAIN=2`: up to two tests that failed run once more, alone, and are named (tests/again.py).
 AGAIN ?= 0
 TARGET ?=
 # `make packages VERSION=1.2.3 DIST=folder KEY=gpg-key-id`: pyproject's version, dist and no signature otherwise.

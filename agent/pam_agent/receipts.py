@@ -6,6 +6,7 @@ know the latest parts any more, and nothing there could tell: the agent remember
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pam_common.errors import PamError, RefusedError
-from pam_common.files import write_private
+from pam_common.files import remove_scratch, write_private
 from pam_common.keys import b64decode, b64encode
 from pam_common.logging import get_logger, kv
 from pam_common.platform_client import PlatformClient
@@ -117,6 +118,8 @@ def _lost(answer: dict[str, Any]) -> set[str]:
 def _load(path: Path) -> dict[str, str]:
     """What an earlier process kept. Damage costs receipts, never a start."""
     kept: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        remove_scratch(path)
     try:
         with path.open("rb") as file:
             lines = file.read(MAX_RECEIPTS * _LINE).splitlines()

@@ -198,8 +198,6 @@ class Spool:
         want of space or an I/O error; ``seal`` may be tried again. Everything else that is there is put
         into quarantine with a log line.
         """
-        for scratch in self.root.glob(".receipts.*"):  # a write that a crash cut short
-            scratch.unlink(missing_ok=True)
         for path in list(self._ready.iterdir()):
             if parse_part_name(path.name) is None or not stat.S_ISREG(path.lstat().st_mode):
                 self._isolate(path, "not a recording's name")

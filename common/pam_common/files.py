@@ -44,6 +44,12 @@ def write_private(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def remove_scratch(path: Path) -> None:
+    """Remove what writes of ``path`` left that a crash cut short. For its only writer, before it writes."""
+    for scratch in path.parent.glob(f".{path.name}.*"):
+        scratch.unlink(missing_ok=True)
+
+
 def read_private(path: Path, *, max_size: int = MAX_PRIVATE_FILE) -> bytes:
     """Read a private file; refuse one that others may read or write, or that is not ours (or root's).
 

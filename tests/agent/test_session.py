@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import socket
 import threading
@@ -369,6 +370,27 @@ def test_nothing_is_recorded_after_the_end(world, wait_until) -> None:
         held[0].record([{"kind": "query"}])
     with pytest.raises(RefusedError):
         held[0].dial()
+
+
+def test_a_standstill_takes_no_last_words(world, wait_until, monkeypatch) -> None:
+    """Who has the words to say gets its time when the whole process stood still for longer than that."""
+    monkeypatch.setattr(session_module, "LAST_WORDS", 0.5)
+    over = threading.Event()
+
+    def script(client, conversation) -> None:
+        over.wait(60)
+        time.sleep(0.1)  # its own work
+        client.sendall(b"words")
+
+    world.protocol.script = staticmethod(script)
+    grant = world.grant()
+    connection = world.connect(grant)
+    wait_until(lambda: live(world) == 1, "the session")
+    world.registry.end(grant.session, ENDED)
+    time.sleep(0.05)  # so that its end is waited for
+    ctypes.PyDLL(None).usleep(800_000)  # with the interpreter's lock held: no thread runs
+    over.set()
+    assert connection.sock.recv(100) == b"words"
 
 
 # -- a kill, wherever the connection is blocked --------------------------------------------------------

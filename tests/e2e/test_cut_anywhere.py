@@ -6,9 +6,7 @@ then lets one act end them all.
 
 from __future__ import annotations
 
-import json
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -19,9 +17,9 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from patience import Metronome, held_up, waited
-from processes import family, wait_for
-from stack import BIN, Stack
+from patience import Metronome
+from processes import wait_for
+from stack import Stack
 from stalling import Target, inodes_of_connections, open_connections
 from stored import StoredRecordings, spooled
 
@@ -192,25 +190,14 @@ def agent(stack) -> str:
 
 
 class Lost:
-    """How much time the machine kept from us and from ``pids()``, by when: notes of what a Metronome and the
-    kernel say."""
+    """How much time the machine kept from us, by when: notes of what a Metronome says."""
 
-    def __init__(self, beat: Metronome, pids: Callable[[], list[int]]) -> None:
+    def __init__(self, beat: Metronome) -> None:
         self._beat = beat
-        self._pids = pids
         self._notes = [(time.time(), 0.0)]
-        self._waits = [(time.time(), held_up(pids()))]
 
     def note(self) -> None:
         self._notes.append((time.time(), self._beat.lost()))
-        if time.time() - self._waits[-1][0] > 0.1:
-            self._waits.append((time.time(), held_up(self._pids())))
-
-    def elsewhere(self, first: float, last: float) -> float:
-        """What ``pids()`` were kept from between two moments."""
-        before = next((waits for when, waits in reversed(self._waits) if when <= first), self._waits[0][1])
-        after = next((waits for when, waits in self._waits if when >= last), None) or held_up(self._pids())
-        return waited(before, after)
 
     def between(self, first: float, last: float) -> float:
         before = max((lost for when, lost in self._notes if when <= first), default=0.0)
@@ -218,17 +205,9 @@ class Lost:
 
 
 @pytest.fixture
-def lost(stack) -> Iterator[Lost]:
-    """Of this process, the platform's and the agents'."""
-
-    def pids() -> list[int]:
-        running = [
-            stack.processes[name].pid for name in ("platform", *stack.agents) if name in stack.processes
-        ]
-        return [pid for first in running for pid in family(first)]
-
+def lost() -> Iterator[Lost]:
     with Metronome() as beat:
-        yield Lost(beat, pids)
+        yield Lost(beat)
 
 
 @pytest.fixture
@@ -360,16 +339,6 @@ def held(stack: Stack, agent: str) -> tuple[int, int]:
     return threads, files
 
 
-def status(stack: Stack, agent: str) -> dict:
-    """Like ``Stack.status``, of an agent that is revoked as well, for which the command fails."""
-    command = [BIN / "pam-agent", "--config", stack.folder / f"{agent}.yml", "status", "--json"]
-    for _ in range(10):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
-        if done.stdout:  # an agent that stands still for five seconds says nothing
-            break
-    return json.loads(done.stdout)
-
-
 def recorded(stack: Stack, agent: str, sessions: list[str], end: str) -> None:
     """Every recording has this end and is right, on the platform (which has verified it on receipt) or, from
     an agent that may not upload any more, in its spool. Read by a reader that shares no code with ours."""
@@ -411,13 +380,12 @@ def require_cut(end: str, places: dict, stack: Stack, agent: str, root, blocked,
     watcher.join()
     seconds = {one.place: round(one.closed - one.acted, 2) for one in made}
     # What counts as idle began when the target had heard the last, or somewhat later.
-    idle = IDLE if end == "idle" else 0
-    kept = {one.place: round(lost.between(one.acted - idle, one.closed), 2) for one in made}
+    waited = IDLE if end == "idle" else 0
+    kept = {one.place: round(lost.between(one.acted - waited, one.closed), 2) for one in made}
     print(end, seconds, kept)
     for one in made:
         assert one.closed, f"{one.place}: not cut"
-        late = seconds[one.place] - kept[one.place] - lost.elsewhere(one.acted, one.closed)
-        assert late <= SECONDS, (one.place, seconds, kept, late)
+        assert seconds[one.place] - kept[one.place] <= SECONDS, (one.place, seconds, kept)
         if end in LIMITS:
             assert seconds[one.place] + kept[one.place] > -EARLY, (one.place, seconds, kept)
         else:
@@ -431,7 +399,7 @@ def require_cut(end: str, places: dict, stack: Stack, agent: str, root, blocked,
         if one.place not in WORDLESS:
             assert WORDS[end] in str(one.error), one.place
         wait_for(lambda one=one: SAID[end] in one.connected.process.log.read_text(), f"words for {one.place}")
-    wait_for(lambda: not status(stack, agent)["sessions"], "the sessions to be gone")
+    wait_for(lambda: not stack.status("pam-agent", agent, well=False)["sessions"], "the sessions to be gone")
     wait_for(
         lambda: all(now <= then for now, then in zip(held(stack, agent), before, strict=True)),
         f"no more than {before} threads and descriptors",

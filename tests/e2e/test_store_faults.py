@@ -69,21 +69,13 @@ def routed(stack) -> bool:
     return bool(stack.status("pam-relay", "relay")["routes"])
 
 
-def status(stack) -> dict:
+def said(stack) -> dict:
     """What the agent says of itself, also while it is not well."""
-    command = [BIN / "pam-agent", "--config", stack.folder / f"{AGENT}.yml", "status", "--json"]
-    said: list[str] = []
-
-    def answers() -> bool:  # one that stands still for five seconds says nothing
-        said[:] = [subprocess.run(command, capture_output=True, text=True, check=False).stdout]
-        return bool(said[0])
-
-    wait_for(answers, "the agent's status")
-    return json.loads(said[0])
+    return stack.status("pam-agent", AGENT, well=False)
 
 
 def uploads(stack) -> dict:
-    return status(stack)["uploader"]
+    return said(stack)["uploader"]
 
 
 def restart(stack) -> None:
@@ -132,7 +124,10 @@ def test_a_platform_restored_from_an_older_backup_is_noticed(stack, alice, conne
         wait_for(lambda: not any(lost in name for name in spooled(stack)), "the acknowledgement", timeout=180)
         # Nobody knows of either session any more, but for the agent.
         stack.processes["platform"].stop()
-        wait_for(lambda: bool(status(stack)["platform"]["trouble"]), "the agent to miss the platform")
+        wait_for(
+            lambda: bool(said(stack)["platform"]["trouble"]),
+            "the agent to miss the platform",
+        )
         shutil.rmtree(folder)
         shutil.copytree(backup, folder)
         stack.start_platform()
@@ -216,7 +211,7 @@ def test_a_second_agent_on_a_spool_is_refused_and_disturbs_nobody(stack, alice) 
     assert done.returncode == 1
     assert "another agent process uses the spool" in done.stderr
     assert "state_dir" in done.stderr
-    assert status(stack)["state"] == "running"
+    assert said(stack)["state"] == "running"
     assert works(alice)
 
 

@@ -21,9 +21,6 @@ from processes import family, wait_for
 from stack import Person, Stack
 from web_servers import WebServers
 
-#: The first test waits for three servers, a browser and the whole product, on a machine under load.
-pytestmark = pytest.mark.timeout(900)
-
 OTHER_UID = 65534
 
 #: Everything that a page can do to another origin; says when it has done it.

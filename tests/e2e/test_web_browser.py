@@ -8,15 +8,11 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from chromium import PATIENCE_MS, Opened
 from playwright.sync_api import Browser, BrowserContext, expect
 from processes import wait_for
 from stack import Person
 from web_servers import WebServers
-
-#: The first test waits for three servers, a browser and the whole product, on a machine under load.
-pytestmark = pytest.mark.timeout(900)
 
 
 def test_django_admin_is_logged_in_and_its_forms_work(

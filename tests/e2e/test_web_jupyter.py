@@ -14,8 +14,6 @@ from processes import wait_for
 from stack import Person
 from web_servers import WebServers
 
-pytestmark = pytest.mark.timeout(900)
-
 
 @pytest.fixture(scope="module")
 def web_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServers]:

@@ -6,15 +6,12 @@ import sqlite3
 import sys
 from collections.abc import Callable
 
-import pytest
 from chromium import Opened
 from memory import Watch, clients, contained, forms, in_arguments, in_files, in_memory
 from playwright.sync_api import BrowserContext
 from processes import family, wait_for
 from stack import Person, Stack
 from web_servers import WebServers
-
-pytestmark = pytest.mark.timeout(900)
 
 #: No page that shows the request's own headers: it would show the credential.
 ASK = "import os, urllib.request as r; print(len(r.urlopen(os.environ['PAM_URL'] + '/bytes/4096').read()))"

@@ -99,7 +99,7 @@ def test_one_play_brings_up_everything(bundle: Bundle, command_lines: CommandLin
         assert done.stdout.strip() == "42", done.stderr
         newest = bundle.alice.sessions()[0]
         assert (newest["account"], newest["gateway"]) == (account, gateway)
-    wait_for(bundle.alice.recorded, "the recordings")
+    wait_for(lambda: {row["recording"] for row in bundle.alice.sessions()} == {"complete"}, "the recordings")
     replay = bundle.alice.run("replay", bundle.alice.sessions()[0]["id"], "--verify")
     assert replay.returncode == 0, replay.stderr
     assert "select 6 * 7" in replay.stdout

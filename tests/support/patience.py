@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Iterable
-from pathlib import Path
 from types import TracebackType
 
 
@@ -53,22 +50,3 @@ class Metronome:
     def _lost_until(self, now: float) -> float:
         last, lost = self._beat
         return lost + max(0.0, now - last - 2 * self.BEAT)
-
-
-def held_up(pids: Iterable[int]) -> dict[tuple[int, str], float]:
-    """{(process, thread): seconds that it was ready to run since its start, and was not let}."""
-    found = {}
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-                with contextlib.suppress(OSError, IndexError):
-                    found[pid, file.parent.name] = int(file.read_text().split()[1]) / 1e9
-    return found
-
-
-def waited(before: dict[tuple[int, str], float], after: dict[tuple[int, str], float]) -> float:
-    """Seconds between two looks of :func:`held_up`: of each process its slowest thread's, all together."""
-    most: dict[int, float] = {}
-    for (pid, thread), seconds in after.items():
-        most[pid] = max(most.get(pid, 0.0), seconds - before.get((pid, thread), 0.0))
-    return sum(most.values())

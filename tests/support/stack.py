@@ -32,6 +32,8 @@ import yaml
 from postgres_server import PostgresServer
 from processes import Process, free_port, listens, wait_for
 
+from pam_common.errors import UnavailableError
+
 BIN = Path(sys.executable).parent
 
 
@@ -338,19 +340,20 @@ class Stack:
         command = [BIN / "pam-platform", "--config", self.folder / "platform.yml", *words]
         return _run(command)
 
-    def status(self, program: str, name: str) -> dict[str, Any]:
-        """What ``pam-agent status --json`` or ``pam-relay status --json`` says."""
+    def status(self, program: str, name: str, *, well: bool = True) -> dict[str, Any]:
+        """What ``pam-agent status --json`` or ``pam-relay status --json`` says; raises RuntimeError when it
+        is not well, unless that is no matter here."""
         command = [BIN / program, "--config", self.folder / f"{name}.yml", "status", "--json"]
         give_up = time.monotonic() + 60
         while True:
-            try:
-                answer: dict[str, Any] = json.loads(_run(command))
-            except RuntimeError as error:
-                # 69: nothing answers yet, or not within its five seconds.
-                if "exited with 69" not in str(error) or time.monotonic() > give_up:
-                    raise
-            else:
-                return answer
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            # Nothing answers yet, or not within its five seconds.
+            if done.returncode != UnavailableError.exit_code or time.monotonic() > give_up:
+                break
+        if done.returncode and (well or not done.stdout):
+            raise RuntimeError(f"{program} status exited with {done.returncode}\n{done.stdout}{done.stderr}")
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
 
     def person(self, name: str) -> Person:
         return Person(self, name, self.passwords[name], self._private(f"home-{name}"))

@@ -56,6 +56,18 @@ def test_a_lost_part_is_told_once_and_found_again_by_the_next_start(
     assert again.lost == []
 
 
+def test_what_a_crash_left_of_a_write_is_removed_by_the_next_start(
+    path: Path, platform: PlatformClient
+) -> None:
+    session = new_session_id()
+    Receipts(path, platform).add(head(session))
+    (path.parent / ".receipts.0123456789ab").write_bytes(b"cut sho")
+    again = Receipts(path, platform)
+    assert [file.name for file in path.parent.iterdir()] == ["receipts"]
+    again.add(head(new_session_id()))
+    assert session in path.read_text(), "what was kept is"
+
+
 def test_the_newest_are_kept_and_asked_for_in_batches(path: Path, platform: PlatformClient, server) -> None:
     sessions = [new_session_id() for _ in range(MAX_RECEIPTS + 5)]
     lines = [json.dumps([f"{session}.1.pamrec", b64encode(HASH)]) for session in sessions[:-1]]

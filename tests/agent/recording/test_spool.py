@@ -105,14 +105,6 @@ def test_a_part_is_recorded_once(spool: Spool) -> None:
         spool.create(session, 1)
 
 
-def test_what_a_crash_left_of_a_write_of_the_receipts_is_removed(spool: Spool, parties) -> None:
-    (spool.root / "receipts").write_bytes(b"kept")
-    (spool.root / ".receipts.0123456789ab").write_bytes(b"cut sho")
-    assert recover(spool, parties) == []
-    assert not list(spool.root.glob(".*"))
-    assert (spool.root / "receipts").read_bytes() == b"kept"
-
-
 def test_a_torn_part_keeps_every_whole_chunk(spool: Spool, parties) -> None:
     cuts: dict[str, int] = {}
     rng = random.Random(7)
