@@ -261,11 +261,22 @@ def _constants_of(path: Path) -> Iterator[tuple[str, float]]:
     """Read, not imported: some of these modules need a configured Django."""
     scope: dict[str, Any] = {"__builtins__": {}, "timedelta": timedelta}
     for statement in ast.parse(path.read_text()).body:
+        scope |= _imported(statement)
         for name, value in _assigned(statement, scope):
             scope[name] = value
             number = value.total_seconds() if isinstance(value, timedelta) else value
             if isinstance(number, int | float) and not isinstance(number, bool):
                 yield name, number
+
+
+def _imported(statement: ast.stmt) -> dict[str, Any]:
+    """The numeric constants that ``from pam_… import …`` brings."""
+    if not isinstance(statement, ast.ImportFrom) or not (statement.module or "").startswith("pam_"):
+        return {}
+    module = str(statement.module)
+    path = ROOT / module.split("_", 1)[1].split(".")[0] / (module.replace(".", "/") + ".py")
+    constants = dict(_constants_of(path)) if path.is_file() else {}
+    return {name.name: constants[name.name] for name in statement.names if name.name in constants}
 
 
 def _assigned(statement: ast.stmt, scope: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -19,11 +19,12 @@ from typing import Protocol
 
 from pam_client.launch import Launch, Refusal
 from pam_common.errors import PamError, RefusedError, TruncatedError, UnavailableError
+from pam_common.frames import PACKET_DATA
 from pam_common.secure_channel import SecureChannel
 from pam_common.stream import Data, SocketStream, Stream
 
-#: One read: a few TLS-record-sized messages, and what the channel sends as two Noise messages.
-CHUNK = 128 << 10
+#: One read: a few TLS-record-sized messages, and what the channel sends as one full packet.
+CHUNK = PACKET_DATA
 #: More than any protocol's opening request. A program that sends more before it hears anything gets no
 #: refusal in its own form, only a closed connection.
 MAX_SEEN = 16 << 10

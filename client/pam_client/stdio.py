@@ -8,10 +8,11 @@ import socket
 import threading
 
 from pam_common.errors import PamError
+from pam_common.frames import PACKET_DATA
 from pam_common.stream import Stream
 
 #: One read; as the listener's own.
-CHUNK = 128 << 10
+CHUNK = PACKET_DATA
 
 
 class Splice:

@@ -27,6 +27,9 @@ OVERHEAD = PREFIX + 1 + TAGLEN
 #: it is also what an idle channel that was once busy keeps in each direction.
 BATCH_FRAMES = 4
 BATCH_DATA = BATCH_FRAMES * MAX_DATA
+#: Bytes of data that fill an ssh packet of ours (decision 8). Who carries bulk reads so many at a time, or a
+#: batch: a rounder number leaves a few bytes over each time, which cost a frame and a packet of their own.
+PACKET_DATA = 2 * MAX_DATA
 #: A new key after so many messages in one direction, 64 GiB at most: AES-GCM stays far from its limits
 #: (RFC 8446, section 5.5), and a key that leaks does not open what was sent long before.
 REKEY_INTERVAL = 2**20

@@ -21,10 +21,11 @@ from pam_agent.protocols import PROTOCOLS
 from pam_agent.protocols.base import Conversation, Event, Interceptor, Opening
 from pam_agent.protocols.postgres import PostgresInterceptor
 from pam_common.errors import PamError
+from pam_common.frames import BATCH_DATA
 from pam_common.stream import DeliveringStream, Stream
 
 #: As the PostgreSQL interceptor reads, and what it does in the thread that brings the bytes.
-DOWN, UP, INLINE = 256 << 10, 128 << 10, 8 << 10
+DOWN, UP, INLINE = BATCH_DATA, BATCH_DATA, 8 << 10
 
 
 class EchoInterceptor:

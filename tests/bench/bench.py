@@ -38,19 +38,21 @@ FOLDER = ROOT / ".bench"
 
 def main() -> int:
     options = arguments()
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir(mode=0o700)
+    folder: Path = options.folder
+    if folder == FOLDER:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
     with contextlib.ExitStack() as cleanup:
         for name in ("stack", "tunnel", "echo-tunnel"):
-            cleanup.callback(shutil.rmtree, FOLDER / name, ignore_errors=True)
+            cleanup.callback(shutil.rmtree, folder / name, ignore_errors=True)
         if options.profile:
-            return profile(FOLDER, options.profile, options.scale, options.seconds)
+            return profile(folder, options.profile, options.scale, options.seconds)
         if options.only.startswith(("ssh", "web")):
             with_others(options, {}, {})
             return 0
-        bench = cleanup.enter_context(running(FOLDER, options.scale))
+        bench = cleanup.enter_context(running(folder, options.scale))
         if options.soak:
-            return soak(bench, FOLDER, options.soak)
+            return soak(bench, folder, options.soak)
         compare(bench, options)
     return 0
 
@@ -63,7 +65,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--copy-mib", type=int, default=1024, help="size of a COPY (default 1024)")
     parser.add_argument("--bulk-mib", type=int, default=256, help="size of a bulk transfer (default 256)")
     parser.add_argument("--only", default="", help="measures whose title contains this")
-    parser.add_argument("--json", type=Path, default=FOLDER / "results.json", help="where all values go")
+    parser.add_argument(
+        "--folder", type=Path, default=FOLDER, help="a new one to work in (default .bench, emptied)"
+    )
+    parser.add_argument("--json", type=Path, help="where all values go (default results.json in there)")
     parser.add_argument("--profile", choices=("agent", "relay", "client"), help="profile one part instead")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="mixed load instead")
     return parser.parse_args()
@@ -104,12 +109,12 @@ def with_others(
     options: argparse.Namespace, sections: dict[str, Sequence[Measure]], more: dict[str, Any]
 ) -> None:
     """Servers and web applications, which need no database; then write all values, the given ones too."""
-    shell, spent = ssh.compare(FOLDER / "ssh", options, interleave)
+    shell, spent = ssh.compare(options.folder / "ssh", options, interleave)
     if shell:
         print("\na Linux server\n")
         report.table(shell, ["direct", "jump", "chain"], ["direct", "jump"])
         print("CPU s per GiB of scp down: " + ", ".join(f"{name} {s:.2f}" for name, s in spent.items()))
-    served, requests = web.compare(FOLDER / "web", options, interleave)
+    served, requests = web.compare(options.folder / "web", options, interleave)
     if served:
         print("\na web application\n")
         report.table(served, ["direct", "tunnel", "chain"], ["direct", "tunnel"])
@@ -117,7 +122,14 @@ def with_others(
         print(f"CPU µs per request, {way}: " + ", ".join(f"{name} {us:.0f}" for name, us in each.items()))
     given = {name: str(value) for name, value in vars(options).items()}
     sections = {**sections, "ssh": shell, "web": served}
-    report.write(options.json, given, sections, **more, ssh_cpu=spent, web_cpu=requests)
+    report.write(
+        options.json or options.folder / "results.json",
+        given,
+        sections,
+        **more,
+        ssh_cpu=spent,
+        web_cpu=requests,
+    )
 
 
 def interleave(run: int, runs: int, rows: Sequence[Measure], ways: list[Way]) -> None:

@@ -1,6 +1,7 @@
 """The ssh path alone, without a database: client, relay and agent as three processes, plain channels.
 
     .venv/bin/python tests/bench/echo.py
+    .venv/bin/python tests/bench/echo.py --round-trips 100 --mib 10
 
 Prints the round trip of 64 bytes, the throughput of both directions, and the CPU time that each process
 spent on it: what is left of a slow chain when protocol, recording and inner encryption are taken away.
@@ -8,12 +9,14 @@ spent on it: what is left of a slow chain when protocol, recording and inner enc
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import multiprocessing
 import os
 import socket
 import statistics
+import struct
 import sys
 import threading
 import time
@@ -24,16 +27,17 @@ from typing import Any
 from pam_common import fast_ssh
 from pam_common.fast_ssh import ChannelStream
 
-ROUND_TRIPS = 3000
+TESTS = Path(__file__).resolve().parents[1]
 BLOCK = bytes(1 << 18)
-BLOCKS = 800
-SIZE = len(BLOCK) * BLOCKS
+#: What the first bytes of a channel ask for: ``e`` echo, ``d`` send and ``u`` take so many blocks.
+ORDER = struct.Struct("!cI")
 TICK = os.sysconf("SC_CLK_TCK")
 
 
 def load_world() -> ModuleType:
     """The CAs, relay and peers of the relay's tests."""
-    path = Path(__file__).resolve().parents[1] / "relay" / "conftest.py"
+    sys.path.insert(0, str(TESTS / "support"))
+    path = TESTS / "relay" / "conftest.py"
     spec = importlib.util.spec_from_file_location("relay_world", path)
     assert spec is not None
     assert spec.loader is not None
@@ -60,19 +64,19 @@ def run_agent(world: Any, ready: Any) -> None:
 
 
 def answer(stream: ChannelStream) -> None:
-    """Do what the first byte asks for: ``e`` echo, ``d`` send, ``u`` receive and confirm."""
+    """Do what the order asks for."""
     with contextlib.suppress(OSError):
-        what = stream.recv(1)
+        what, blocks = ORDER.unpack(stream.recv(ORDER.size))  # sent at once, so it comes at once
         if what == b"e":
             while data := stream.recv(1 << 17):
                 stream.sendall(data)
         elif what == b"d":
-            for _ in range(BLOCKS):
+            for _ in range(blocks):
                 stream.sendall(BLOCK)
         else:
-            received = 0
-            while received < SIZE:
-                received += len(stream.recv(1 << 18))
+            left = blocks * len(BLOCK)
+            while left:
+                left -= len(stream.recv(1 << 18))
             stream.sendall(b"x")
         stream.shutdown(socket.SHUT_WR)
         while stream.recv(1 << 17):
@@ -97,11 +101,11 @@ class Meter:
         return "  ".join(f"{name} {seconds:.3g} {unit}" for name, seconds in spent.items())
 
 
-def round_trips(stream: ChannelStream) -> list[float]:
+def round_trips(stream: ChannelStream, count: int) -> list[float]:
     """Microseconds of each."""
-    stream.sendall(b"e")
+    stream.sendall(ORDER.pack(b"e", 0))
     times = []
-    for _ in range(ROUND_TRIPS):
+    for _ in range(count):
         began = time.perf_counter()
         stream.sendall(bytes(64))
         stream.recv(100)
@@ -109,21 +113,30 @@ def round_trips(stream: ChannelStream) -> list[float]:
     return sorted(times)
 
 
-def transfer(stream: ChannelStream, what: bytes) -> float:
+def transfer(stream: ChannelStream, what: bytes, blocks: int) -> float:
     """MB/s of one direction."""
     began = time.perf_counter()
-    stream.sendall(what)
+    stream.sendall(ORDER.pack(what, blocks))
     if what == b"d":
         while stream.recv(1 << 18):
             pass
     else:
-        for _ in range(BLOCKS):
+        for _ in range(blocks):
             stream.sendall(BLOCK)
         stream.recv(1)
-    return SIZE / 1e6 / (time.perf_counter() - began)
+    return blocks * len(BLOCK) / 1e6 / (time.perf_counter() - began)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--round-trips", type=int, default=3000, help="of 64 bytes (default 3000)")
+    parser.add_argument("--mib", type=int, default=200, help="each way in bulk (default 200)")
+    return parser.parse_args()
 
 
 def main() -> int:
+    options = arguments()
+    blocks = options.mib * 4
     context = multiprocessing.get_context("fork")
     world: Any = load_world().World()
     ready = context.Queue()
@@ -137,13 +150,13 @@ def main() -> int:
     pids |= {name: process.pid or 0 for name, process in processes.items()}
     client = world.client()
     try:
-        meter, times = Meter(pids), round_trips(fast_ssh.open_direct(client, "dc1"))
+        meter, times = Meter(pids), round_trips(fast_ssh.open_direct(client, "dc1"), options.round_trips)
         spread = f"p10 {times[len(times) // 10]:.0f}, p90 {times[len(times) * 9 // 10]:.0f}"
-        cpu = meter.per(ROUND_TRIPS / 1e6, "µs")
+        cpu = meter.per(options.round_trips / 1e6, "µs")
         print(f"round trip {statistics.median(times):.0f} µs ({spread}); CPU {cpu}")
         for what, name in ((b"d", "down"), (b"u", "up")):
-            meter, rate = Meter(pids), transfer(fast_ssh.open_direct(client, "dc1"), what)
-            print(f"{name} {rate:.0f} MB/s; CPU {meter.per(SIZE / 1e9, 's/GB')}")
+            meter, rate = Meter(pids), transfer(fast_ssh.open_direct(client, "dc1"), what, blocks)
+            print(f"{name} {rate:.0f} MB/s; CPU {meter.per(blocks * len(BLOCK) / 1e9, 's/GB')}")
     finally:
         client.close()
         for process in processes.values():

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from pam_common import frames
 from pam_common.errors import ProtocolError
+from pam_common.fast_ssh.channel import PACKET
 from pam_common.frames import (
     BATCH_DATA,
     MAX_CONTROL,
     MAX_DATA,
+    PACKET_DATA,
     Frame,
     FrameReader,
     FrameType,
@@ -261,3 +263,9 @@ def test_keys_change_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
         expected.encrypt(b"", b"")
     expected.rekey()
     assert stream[60:80] == b"\x00\x12" + expected.encrypt(b"", b"3\x01")
+
+
+@pytest.mark.parametrize(("size", "packets"), [(PACKET_DATA, 1), (BATCH_DATA, 2)])
+def test_what_bulk_is_read_by_fills_ssh_packets_and_leaves_no_rest(size: int, packets: int) -> None:
+    # A byte more would be one frame and one packet more, each time.
+    assert len(writer().data(memoryview(bytes(size)))) == packets * PACKET

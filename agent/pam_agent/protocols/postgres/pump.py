@@ -14,7 +14,7 @@ from typing import Final
 
 from pam_agent.protocols.base import Conversation, TargetProtocolError
 from pam_agent.protocols.postgres.client_side import ClientSide
-from pam_agent.protocols.postgres.codec import HEADER_SIZE, TARGET_KINDS
+from pam_agent.protocols.postgres.codec import TARGET_KINDS
 from pam_agent.protocols.postgres.framing import COPY_DATA, DATA_ROW, Framer
 from pam_agent.protocols.postgres.pipeline import Pipeline
 from pam_agent.protocols.postgres.target_side import TargetSide
@@ -22,11 +22,13 @@ from pam_agent.protocols.postgres.upward import Upward
 from pam_agent.target_tls import TargetStream
 from pam_common.buffer import IDLE, ReadBuffer
 from pam_common.errors import PamError, RefusedError, TruncatedError, UnavailableError
+from pam_common.frames import BATCH_DATA
 from pam_common.secure_channel import deadline
 from pam_common.stream import Stream
 
-#: One read of the target. Larger ones gained nothing; the memory is touched only as far as it is filled.
-DOWN_SIZE: Final = 256 << 10
+#: What one read of the target fills, and is sent on at once. Larger ones gained nothing; memory is touched
+#: only as far as it is filled.
+DOWN_SIZE: Final = BATCH_DATA
 #: For the client to close once it has been told the end, before its stream is aborted.
 CLOSE_SECONDS: Final = 1.0
 
@@ -111,7 +113,7 @@ class Pump:
             raise self._up.failure
 
     def _carry_down(self, early: bytes) -> None:
-        memory = ReadBuffer(DOWN_SIZE + HEADER_SIZE)
+        memory = ReadBuffer(DOWN_SIZE)
         buffer, view = memory.memory, memory.view
         kept = len(early)
         buffer[:kept] = early  # a login reads less than a buffer
@@ -124,7 +126,7 @@ class Pump:
             try:
                 if memory.used and self._target.quiet(IDLE):
                     memory.release()  # not what is kept: that is a header at most
-                fresh = self._target.recv_into(view[kept : kept + DOWN_SIZE])
+                fresh = self._target.recv_into(view[kept:])
             except OSError:
                 return
             if not fresh:

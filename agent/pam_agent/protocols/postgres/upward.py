@@ -19,10 +19,11 @@ from pam_agent.protocols.postgres.framing import COPY_DATA, Framer
 from pam_agent.protocols.postgres.pipeline import Pipeline
 from pam_agent.target_tls import TargetStream
 from pam_common.errors import PamError, TruncatedError, UnavailableError
+from pam_common.frames import BATCH_DATA
 from pam_common.stream import Data, DeliveringStream, Stream
 
 #: One read of the client.
-UP_SIZE: Final = 128 << 10
+UP_SIZE: Final = BATCH_DATA
 #: What the reading thread does itself. Looking at so many bytes takes it 5 ms at the very worst (a Sync in
 #: every five of them), for which other sessions wait; and with more, waking a thread no longer matters.
 INLINE: Final = 8 << 10

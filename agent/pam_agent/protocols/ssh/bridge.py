@@ -13,11 +13,12 @@ import threading
 from typing import Final
 
 from pam_common.errors import PamError, UnavailableError
+from pam_common.frames import BATCH_DATA
 from pam_common.secure_channel import deadline
 from pam_common.stream import Stream
 
 #: One read in each direction: what a batch of packets has. Touched only as far as it is filled.
-SIZE: Final = 256 << 10
+SIZE: Final = BATCH_DATA
 #: For the client to close once its transport has ended, before its stream is aborted.
 CLOSE_SECONDS: Final = 1.0
 
