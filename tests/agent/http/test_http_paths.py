@@ -136,6 +136,16 @@ def test_http_rules_deny_however_it_is_written(target):
     assert refused.value.status == 403
 
 
+@pytest.mark.parametrize("method", ["DELETE", "delete", "Delete"])
+def test_http_rules_deny_a_method_however_it_is_written(method):
+    """Many frameworks take ``delete`` for ``DELETE``."""
+    rules = Rules(deny=(Rule(methods=frozenset({"DELETE"})),))
+    with pytest.raises(RuleError) as refused:
+        rules.check(method, "/users/1")
+    assert refused.value.rule == "deny DELETE: any path"
+    assert rules.check("GET", "/users/1") == "/users/1"
+
+
 def test_http_rules_allow_only_what_every_reading_allows():
     rules = Rules(allow=(Rule(frozenset({"GET"}), (Pattern("/pub/**"),)),))
     assert rules.check("GET", "/pub/x?q=/admin") == "/pub/x?q=/admin"
@@ -234,7 +244,7 @@ def test_http_a_refusal_is_a_page_that_names_the_rule_and_an_event(make_gate, ma
 def test_http_methods_that_have_no_place(make_gate, make_app, ask):
     app = make_app(OK)
     gate = make_gate(app.port)
-    for request in (b"CONNECT x:80", b"TRACE /", b"GET http://x/", b"OPTIONS *"):
+    for request in (b"CONNECT x:80", b"TRACE /", b"trace /", b"GET http://x/", b"OPTIONS *"):
         answer = ask(gate, request + b" HTTP/1.1\r\nHost: HOST\r\nConnection: close\r\n\r\n")
         assert answer[9:12] in (b"405", b"400"), answer
     assert not app.received

@@ -77,6 +77,10 @@ def test_http_a_referer_of_another_page_is_dropped(referer):
         b"X_Forwarded_Host",
         b"X-Forwarded-User",
         b"X-Real-IP",
+        b"X_Real_IP",
+        b"True_Client_IP",
+        b"Transfer_Encoding",
+        b"Content_Length",
         b"Sec-WebSocket-Extensions",
     ],
 )

@@ -149,7 +149,7 @@ class Exchange:
     def _admit(self) -> Entry | None:
         request = self._request
         entry = self._line.door.admit(self._line.preamble, request)
-        if request.method in _NEVER:
+        if request.method.upper() in _NEVER:
             raise RuleError(f"{request.method} has no place here", f"method {request.method}", 405)
         if request.words(b"expect") - {b"100-continue"}:
             raise RuleError("the request expects what is not known here", "expect", 417)

@@ -92,6 +92,17 @@ class Origins:
         return {host, host.removesuffix(default)}
 
 
+def _variable(name: bytes) -> bytes:
+    """An app behind CGI or WSGI reads X-Remote-User and X_Remote.User as the same variable."""
+    return re.sub(rb"[^0-9A-Za-z]", b"-", name).upper()
+
+
+#: Of a request, however they are written: what we say ourselves, and what is about a connection or a proxy.
+_NOT_FOR_THE_APP: Final = {
+    _variable(name.encode()) for name in HOP_BY_HOP | _FORWARDED | {"host", "cookie", "content-length"}
+}
+
+
 class RequestRewriter:
     """What the app gets of a user's request."""
 
@@ -110,8 +121,7 @@ class RequestRewriter:
         self._set = [
             (name.encode(), value.encode("latin-1", "replace")) for name, value in (*identity, *injected)
         ]
-        # An app behind CGI or WSGI reads X-Remote-User and X_Remote.User as the same variable.
-        self._stripped = {_variable(name) for name, _ in self._set}
+        self._stripped = _NOT_FOR_THE_APP | {_variable(name) for name, _ in self._set}
         if identified:
             self._stripped.add(_variable(b"Authorization"))
         if restricted:
@@ -121,11 +131,11 @@ class RequestRewriter:
         """The fields of the request for ``target``, but for those of its framing. ``page``: the answer may
         be a page whose links are to be put right, so it must come uncompressed."""
         origins = Origins(preamble_origin, self._own)
-        dropped = HOP_BY_HOP | {word.decode("latin-1") for word in request.words(b"connection")}
+        dropped = {word.decode("latin-1") for word in request.words(b"connection")}
         kept: Fields = [(b"Host", origins.own_host.encode())]
         for raw, value in request.fields:
             name = raw.lower().decode("ascii")
-            if name in dropped or name in ("host", "cookie", "content-length") or self._foreign(raw, name):
+            if name in dropped or self._foreign(raw, name):
                 continue
             changed = _request_value(name, value, origins, page=page)
             if changed is not None:
@@ -139,14 +149,9 @@ class RequestRewriter:
         variable = _variable(raw)
         return (
             variable in self._stripped
-            or name in _FORWARDED
             or variable.startswith(b"X-FORWARDED-")
             or name.startswith("sec-websocket-extensions")
         )
-
-
-def _variable(name: bytes) -> bytes:
-    return re.sub(rb"[^0-9A-Za-z]", b"-", name).upper()
 
 
 def _request_value(name: str, value: bytes, origins: Origins, *, page: bool) -> bytes | None:

@@ -55,7 +55,8 @@ class Rule:
         )
 
     def denies(self, method: str, path: Path) -> bool:
-        return self._method(method) and (
+        # Methods are told apart by case (RFC 9110, 9.1), but many frameworks take "delete" for "DELETE".
+        return self._method(method.upper()) and (
             self.paths is None or any(pattern.denies(path) for pattern in self.paths)
         )
 
