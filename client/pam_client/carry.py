@@ -136,7 +136,14 @@ class Carrier:
                 channel.abort()
         name = f"connection-{self.number}-up"
         up = threading.Thread(target=self._up, args=(channel, head), name=name, daemon=True)
-        up.start()
+        try:
+            up.start()
+        except RuntimeError:  # no more threads on this machine
+            channel.abort()
+            channel.close()
+            self._refuse(UnavailableError("no thread is left for another connection"), head)
+            self._up(None)
+            return
         try:
             self._down(channel)
         finally:

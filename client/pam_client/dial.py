@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 from pam_client.grants import Grants
@@ -97,10 +98,12 @@ class Dialer:
 
     def _channel(self, session: Session, relay: RelayAddress) -> ChannelStream:
         transport, fresh = self._transport(session, relay)
+        asked = time.monotonic()
         try:
             return self._open(session, relay, transport)
         except UnavailableError:
-            if fresh:
+            # One that lives carries others: that an agent keeps the relay waiting is no reason to cut them.
+            if fresh or (transport.is_active() and transport.heard > asked):
                 raise
         # The kept connection was dead without our knowing: once more with a new one.
         transport.close()
@@ -129,7 +132,10 @@ class Dialer:
             sock = socket.create_connection((relay.host, relay.port), timeout=CONNECT_TIMEOUT)
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
-            raise UnavailableError(f"{relay.host}:{relay.port}: {reason}") from None
+            raise UnavailableError(
+                f"relay {relay.name} does not answer at {relay.host}:{relay.port}: {reason}",
+                hint="is it up, and is a firewall between? Ask your administrator.",
+            ) from None
         transport = connect(
             sock,
             name=f"relay-{relay.name}",

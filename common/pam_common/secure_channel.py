@@ -231,26 +231,28 @@ class SecureChannel:
         try:
             while True:
                 frame = reader.fill()
-                if reader.has_data:
-                    data = reader.take(READ_SIZE)
-                    left = len(data) - take(data)
-                    if left:
-                        reader.give_back(left)
-                        if frame is not None:
-                            self._act_on(frame)
-                        return False
-                if frame is not None:
+                going_on = not reader.has_data or self._hand_over(take)
+                if frame is not None:  # behind the data, whatever became of that
                     self._act_on(frame)
-                    if self._received_end:
-                        return False
-                elif reader.drained:
+                if not going_on or self._received_end:
+                    return False
+                if frame is None and reader.drained:
                     return True
         except PamError as error:
             self._fail(error)
             return False
+
+    def _hand_over(self, take: Callable[[bytes], int]) -> bool:
+        """Give ``take`` the data there is; whether it wants no more done by ``recv``."""
+        data = self._reader.take(READ_SIZE)
+        try:
+            left = len(data) - take(data)
         except InterruptedError:
             self._interrupted = True
             return False
+        if left:
+            self._reader.give_back(left)
+        return not left
 
     def _truncated(self, why: str) -> TruncatedError:
         return TruncatedError(f"the stream from the {self._peer_name} was cut: {why}")

@@ -43,7 +43,8 @@ OPEN_TIMEOUT = 10.0
 #: How many tunnels are tried for one channel when the first turns out to be dead.
 OPEN_TRIES = 3
 #: Bytes that may wait for one link. Room is given by the ends and held back while a link is behind, so that
-#: only first windows can pile up: here those of 256 channels at once. More is no honest peer's.
+#: little more than first windows can pile up, and those of all channels together fill half of it. A channel
+#: that finds it full is cut.
 MAX_QUEUED = 256 << 20
 #: How often time limits are looked at.
 CLOCK_STEP = 0.5
@@ -445,7 +446,9 @@ class RelayServer:
         assert link.identity is not None
         session = link.identity.name
         try:
-            client = wish.accept(window=min(agent.window, fast_ssh.WINDOW), packet=agent.packet)
+            # Of all the room there is, a share at first; who uses it gets the rest.
+            share = MAX_QUEUED // 2 // self.limits.channels_per_agent
+            client = wish.accept(window=min(agent.window, fast_ssh.WINDOW, share), packet=agent.packet)
         except PamError:  # the client has gone meanwhile
             agent.abort()
             self._count_off(link, route, session)

@@ -229,6 +229,26 @@ def test_killed_program_is_not_the_relays_fault(local: Local, wait_for: Callable
     assert local.said == []
 
 
+def test_no_thread_for_what_goes_up_ends_the_connection_and_its_channel(
+    local: Local, monkeypatch: Any
+) -> None:
+    start = threading.Thread.start
+
+    def none_left(thread: threading.Thread) -> None:
+        if thread.name.endswith("-up"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    with local.program() as program:
+        program.sendall(SSL)
+        assert program.recv(1) == b"N"
+        program.sendall(STARTUP)
+        assert read_all(program) == error_response("no thread is left for another connection")
+        assert local.far[0].recv(1) == b""
+    assert local.said == ["no thread is left for another connection"]
+
+
 def test_agent_refuses_while_the_program_sends(local: Local) -> None:
     """The send fails before the reason was read: the program hears the reason all the same."""
     failed = threading.Event()

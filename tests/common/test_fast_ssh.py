@@ -149,6 +149,54 @@ def dial(sock: socket.socket, **changes: object) -> Transport:
 # -- who is accepted -----------------------------------------------------------------------------------
 
 
+def test_a_channel_on_its_way_when_a_forward_is_cancelled_is_let_in(pair: Pair) -> None:
+    """The peer sent it before it heard of the cancel: nobody is refused for a drain."""
+    arrived: list[ChannelStream] = []
+    pair.client.request_port_forward("dc1", 1, lambda stream, *_: arrived.append(stream))
+    opened: list[ChannelStream] = []
+
+    def cancelled(_address: str, _port: int) -> None:
+        def late() -> None:
+            opened.append(fast_ssh.open_forwarded(pair.server, "dc1", 1, session="s1"))
+
+        thread = threading.Thread(target=late)
+        thread.start()
+        # In the server's reader thread, before the cancel is answered: the wish goes out first.
+        wait_for(lambda: len(pair.server._streams) == 1)
+
+    pair.door.cancel_port_forward_request = cancelled  # type: ignore[assignment]
+    pair.client.cancel_port_forward("dc1", 1)
+    wait_for(lambda: opened and arrived)
+
+
+@pytest.mark.parametrize("words", ["Authentication failed: transport shut down or saw EOF", "Timeout"])
+def test_a_connection_that_is_lost_during_the_login_is_no_refusal(
+    serve: Callable[..., tuple[socket.socket, Door, Transport]], monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    near, _door, _server = serve()
+
+    def lost(transport: Transport, *_: object) -> None:
+        transport.close()
+        raise paramiko.AuthenticationException(words)
+
+    monkeypatch.setattr(Transport, "auth_publickey", lost)
+    with pytest.raises(UnavailableError, match="closed the connection during login"):
+        dial(near)
+
+
+def test_a_connection_that_is_lost_after_the_key_exchange_is_unavailable(
+    serve: Callable[..., tuple[socket.socket, Door, Transport]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, _door, _server = serve()
+
+    def gone(_transport: Transport) -> bytes:
+        raise paramiko.SSHException("No existing session")
+
+    monkeypatch.setattr(Transport, "host_certificate", gone)
+    with pytest.raises(UnavailableError, match="closed the connection during the key exchange"):
+        dial(near)
+
+
 def test_a_channel_carries_bytes_both_ways_and_half_closes(pair: Pair) -> None:
     near, far = pair.open()
     near.sendall(b"ping")

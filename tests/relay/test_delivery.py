@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from collections.abc import Callable
 import pytest
 
 from pam_common.errors import PamError, ProtocolError, RefusedError, TruncatedError
+from pam_common.frames import FrameType
 from pam_common.secure_channel import SecureChannel, generate_x25519
 
 MIB = 1 << 20
@@ -137,6 +139,36 @@ def test_an_error_is_told_in_its_words_after_the_data_before_it(secure, wait_for
     assert program.got == b"last words"
     assert isinstance(program.end, RefusedError)
     assert str(program.end) == "the session was ended"
+
+
+def test_an_end_in_the_packet_of_the_data_is_seen_by_who_is_interrupted(secure, wait_for) -> None:
+    """A relay may put together what was sent one by one."""
+    near, far = secure()
+    interrupted, ends = [], []
+
+    def take(data: bytes) -> int:
+        interrupted.append(data)
+        raise InterruptedError
+
+    def read() -> None:
+        near.deliver_to(take)
+        while True:
+            try:
+                ends.append(near.recv(100))
+                return
+            except InterruptedError:
+                continue
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    wait_for(lambda: near._stream._waiting)
+    writer = far._writer
+    both = bytes(writer.data(memoryview(b"query"))) + bytes(
+        writer.control(FrameType.EOF, struct.pack(">Q", 5))
+    )
+    far._stream.sendall(both)
+    thread.join(60)
+    assert (interrupted, ends) == ([b"query"], [b""])
 
 
 @pytest.mark.parametrize("cut", ["abort", "close", "own"])

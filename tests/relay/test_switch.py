@@ -18,7 +18,7 @@ import pytest
 from paramiko.common import MSG_CHANNEL_CLOSE, MSG_CHANNEL_DATA, MSG_CHANNEL_WINDOW_ADJUST
 
 from pam_common import fast_ssh
-from pam_common.fast_ssh import ChannelStream, Transport, switch
+from pam_common.fast_ssh import ChannelStream, Transport, channel, switch
 from pam_common.fast_ssh.channel import PACKET, WINDOW
 
 MIB = 1 << 20
@@ -194,6 +194,95 @@ def test_room_is_held_back_while_a_connection_is_behind(
         lambda: pour(far, data), lambda: drain(near, got), lambda: pour(near, data), lambda: drain(far, got)
     )
     assert got == [hashlib.sha256(data).digest()] * 2
+
+
+def relay_side(relay, peer: Transport) -> Transport:
+    return next(link for link in links(relay) if link.sock.getpeername() == peer.sock.getsockname())
+
+
+def asleep(relay, peer: Transport) -> threading.Event:
+    """Has the thread that reads ``peer``'s connection wait until the event is set."""
+    wake, sleeping = threading.Event(), threading.Event()
+
+    def sleep(_message: object) -> None:
+        sleeping.set()
+        wake.wait(600)
+
+    peer._handler_table[80] = sleep
+    relay_side(relay, peer).send_soon(struct.pack(">BI", 80, 4) + b"stop" + b"\0")
+    assert sleeping.wait(60)
+    return wake
+
+
+def test_who_waits_for_room_is_not_passed_by_others(
+    relay, join, wait_for, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a link that is busy all the time every channel moves."""
+    monkeypatch.setattr(switch, "BEHIND", MIB)
+    pairs = [join() for _ in range(12)]
+    packets = join.agent.transport.packets
+    receive = packets._receive
+
+    def slowly() -> bool:
+        time.sleep(0.02)  # 256 KiB at most each time
+        return receive()
+
+    packets._receive = slowly
+    got = [0] * len(pairs)
+    over = threading.Event()
+
+    def write(near: ChannelStream) -> None:
+        with contextlib.suppress(OSError):
+            while not over.is_set():
+                near.sendall(bytes(PACKET))
+
+    def read(number: int, far: ChannelStream) -> None:
+        with contextlib.suppress(OSError):
+            while data := far.recv(PACKET):
+                got[number] += len(data)
+
+    for number, (near, far) in enumerate(pairs):
+        threading.Thread(target=write, args=(near,), daemon=True).start()
+        threading.Thread(target=read, args=(number, far), daemon=True).start()
+    for _ in range(3):  # all of what is under way and more has gone by, each time
+        before = list(got)
+        wait_for(lambda before=before: sum(got) - sum(before) > 30 * MIB)
+        assert min(now - then for now, then in zip(got, before, strict=True)) > 0, got
+    over.set()
+    for near, _ in pairs:
+        near.abort()
+
+
+def test_who_fills_a_link_that_does_not_move_is_cut_and_nobody_else(relay, join, wait_for) -> None:
+    """First windows of many channels at once: each is its sender's right, all are more than is kept."""
+    relay_side(relay, join.agent.transport).packets.max_queued = 4 * MIB
+    other = relay.client()
+    quiet, quiet_far = join(other)
+    pairs = [join() for _ in range(8)]
+    wake = asleep(relay, join.agent.transport)
+    for near, _ in pairs:
+        threading.Thread(target=push, args=(near, 2 * MIB), daemon=True).start()
+    wait_for(lambda: any(near._close_received for near, _ in pairs))
+    wake.set()
+    quiet.sendall(b"still there")
+    assert quiet_far.recv(100) == b"still there"
+    assert join.agent.transport.is_active()
+    for near, far in pairs:
+        near.abort()
+        far.abort()
+
+
+def test_a_peer_with_a_large_window_that_tells_of_room_late_goes_on(
+    relay, join, wait_for, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two windows of ours, and told of again when half of them was used, as RFC 4254 allows."""
+    monkeypatch.setattr(channel, "ADJUST_AT", WINDOW + 1)
+    near = join.client.open_stream("direct-tcpip", ("dc1", 1), ("127.0.0.1", 0), 60, window=2 * WINDOW)
+    wait_for(lambda: join.agent.streams)
+    far = join.agent.streams[-1]
+    data, got = os.urandom(8 * MIB), []
+    run_all(lambda: pour(far, data), lambda: drain(near, got))
+    assert got == [hashlib.sha256(data).digest()]
 
 
 def test_a_lost_link_cuts_its_channels_and_no_others(relay, join, wait_for) -> None:

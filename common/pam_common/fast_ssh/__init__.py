@@ -27,6 +27,8 @@ from pam_common.fast_ssh.transport import CHANNEL_TIMEOUT, HANDSHAKE_TIMEOUT, In
 from pam_common.ssh_certs import CertificateKey, verify_host_certificate
 from pam_common.tokens import VerifyKeys
 
+_CLOSED_EARLY = "the relay closed the connection during the key exchange"
+
 __all__ = [
     "PACKET",
     "WINDOW",
@@ -61,7 +63,7 @@ def connect(
     transport = Transport(sock, name=name)
     try:
         _negotiate(transport, timeout)
-        verify_host_certificate(transport.host_certificate(), host_ca, hostname=hostname, now=now())
+        verify_host_certificate(_host_certificate(transport), host_ca, hostname=hostname, now=now())
         _log_in(transport, login)
     except BaseException:
         transport.close()
@@ -79,13 +81,22 @@ def _negotiate(transport: Transport, timeout: float) -> None:
         error = transport.get_exception()
         if isinstance(error, paramiko.SSHException) and not isinstance(error, EOFError):
             raise UnavailableError(f"no key exchange with the relay: {error}")
-        raise UnavailableError("the relay closed the connection during the key exchange")
+        raise UnavailableError(_CLOSED_EARLY)
+
+
+def _host_certificate(transport: Transport) -> bytes:
+    try:
+        return transport.host_certificate()
+    except paramiko.SSHException:  # it was lost this very moment
+        raise UnavailableError(_CLOSED_EARLY) from None
 
 
 def _log_in(transport: Transport, login: CertificateKey) -> None:
     try:
         transport.auth_publickey("pam", login)
     except paramiko.AuthenticationException as error:
+        if not transport.is_active():  # a lost connection is an AuthenticationException, too
+            raise UnavailableError(f"the relay closed the connection during login: {error}") from None
         raise RefusedError(f"the relay refused the certificate: {error}") from None
     except (paramiko.SSHException, EOFError, OSError) as error:
         reason = f": {error}" if str(error) else ""  # an EOFError has no words

@@ -68,6 +68,8 @@ class Outgoing:
         self.queued = 0
         self.max_queued = MAX_QUEUE
         self._drained: list[Callable[[], None]] = []
+        self._low: list[Callable[[int], None]] = []
+        self._low_at = 0
         self._unsent = memoryview(b"")
         self._random = b""
         self._flusher = False
@@ -108,6 +110,11 @@ class Outgoing:
             finally:
                 self._release()
 
+    @property
+    def full(self) -> bool:
+        """Whether only a sixteenth is left of what may wait: for the ends of channels, and the like."""
+        return self.queued > self.max_queued - self.max_queued // 16
+
     def send_soon(self, payload: bytes) -> None:
         """Send one packet without ever blocking: what the socket does not take is sent by others.
 
@@ -147,15 +154,33 @@ class Outgoing:
             self._drained.append(call)
         self._tell_drained()
 
+    def when_low(self, size: int, call: Callable[[int], None]) -> None:
+        """The same when at most ``size`` bytes are queued (a size that is the same for all who wait), with the
+        number of those who waited."""
+        with self._queue_lock:
+            self._low.append(call)
+            self._low_at = size
+        self._tell_drained()
+
+    @property
+    def awaited(self) -> bool:
+        """Whether anybody waits for the queue to be low."""
+        return bool(self._low)
+
     def _tell_drained(self) -> None:
-        if not self._drained:
+        if not self._drained and not self._low:
             return
+        low: list[Callable[[int], None]] = []
+        drained: list[Callable[[], None]] = []
         with self._queue_lock:
             # Not whether the queue is empty: what was taken from it to be sealed is counted still.
-            if self.queued:
-                return
-            calls, self._drained = self._drained, []
-        for call in calls:
+            if self.queued <= self._low_at:
+                low, self._low = self._low, low
+            if not self.queued:
+                drained, self._drained = self._drained, drained
+        for tell in low:
+            tell(len(low))
+        for call in drained:
             call()
 
     def _release(self) -> None:

@@ -156,6 +156,11 @@ class Packets(Outgoing):
             self._rekeyed = 0
             self._need_rekey = False
 
+    @property
+    def heard(self) -> float:
+        """When the last bytes came, by the monotonic clock."""
+        return self._heard
+
     # -- liveness --------------------------------------------------------------------------------------
 
     def watch(self, interval: float, deadline: float, probe: Callable[[], object]) -> None:

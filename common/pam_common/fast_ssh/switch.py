@@ -6,7 +6,8 @@ what they carry.
 
 The windows are those of the two ends: who reads slowly gives no room, and so the writer at the other end
 waits. What a peer may have under way is bounded twice: by its channel's window, which each ChannelStream
-checks, and by the connection that it goes to, which gives no more room to anybody while it is behind.
+checks, and by the connection that it goes to: while that is behind it gives no more room to anybody, and then
+to all who waited alike. A channel that finds its queue full all the same is cut, and no other.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ from paramiko.common import MSG_CHANNEL_WINDOW_ADJUST
 
 from pam_common.fast_ssh.channel import MAX_WINDOW, WINDOW, ChannelStream
 
-#: A connection that has more than this to send is behind: a few windows, or a second of a slow link.
+#: A connection that has more than this to send is behind: a few windows, or a second of a slow link. Once most
+#: of it is gone, those who waited share so much room.
 BEHIND = 4 << 20
+#: Of which each gets this much at least.
+LEAST_SHARE = 16 << 10
+#: A peer that has less room than this left gets more without its peer asking, where there is any.
+LOW = 128 << 10
 
 _INT = struct.Struct(">I")
 
@@ -104,11 +110,18 @@ class _Way:
     # -- Sink; in the source's reader thread -------------------------------------------------------------
 
     def data(self, data: memoryview) -> None:
-        target = self._target
+        source, target = self._source, self._target
+        if target.packets.full:
+            # First windows that came together, or packets of next to no size. It is the sender's doing: cut
+            # off, the target's connection would take everybody's sessions with it.
+            self._switch.abort()
+            return
         self.carried += len(data)
         with target._lock:
             target.put_data(data)
         self.flush()
+        if self._pending and source._credit < LOW:
+            self._pass_on()
 
     def adjusted(self, size: int) -> None:
         self.back.give(size)
@@ -136,15 +149,20 @@ class _Way:
         self._pass_on()
 
     def _pass_on(self) -> None:
-        target, source = self._target, self._source
-        if target.packets.queued > BEHIND:
+        packets = self._target.packets
+        # While others wait nobody passes them: a queue that is filled again and again never gets low.
+        if packets.queued > BEHIND or packets.awaited:
             with self._lock:
                 ask, self._asked = not self._asked, True
             if ask:
-                target.packets.when_drained(self._drained)
-            return
+                packets.when_low(BEHIND // 4, self._low)
+        else:
+            self._grant(WINDOW)
+
+    def _grant(self, most: int) -> None:
+        source = self._source
         with self._lock, source._lock:
-            size = min(self._pending, WINDOW - source._credit)
+            size = min(self._pending, WINDOW - source._credit, most)
             if size <= 0:
                 return
             self._pending -= size
@@ -152,7 +170,7 @@ class _Way:
             source.put(MSG_CHANNEL_WINDOW_ADJUST, _INT.pack(size))
         source.flush()
 
-    def _drained(self) -> None:
+    def _low(self, waited: int) -> None:
         with self._lock:
             self._asked = False
-        self._pass_on()
+        self._grant(max(LEAST_SHARE, BEHIND // waited))

@@ -194,6 +194,11 @@ class Transport(paramiko.Transport):
                 self.on_end()
 
     @property
+    def heard(self) -> float:
+        """When the peer's last bytes came, by the monotonic clock."""
+        return self.packets.heard
+
+    @property
     def fault(self) -> str:
         """Why this side ended the connection, in words for a log; empty if it was no fault of the peer's."""
         error = self.saved_exception
@@ -279,6 +284,11 @@ class Transport(paramiko.Transport):
         """
         self._tcp_handler = handler
         return int(super().request_port_forward(address, port, handler))
+
+    def cancel_port_forward(self, address: str, port: int) -> None:
+        """Have no more channels sent; those that were on their way are let in, so the handler stays."""
+        if self.active:
+            self.global_request("cancel-tcpip-forward", (address, port))
 
     def _request_answered(self, m: paramiko.Message) -> None:
         self._finish_request(m)
