@@ -91,7 +91,7 @@ def exchanges(events: Iterable[Event], *, keep_text: bool = True) -> Iterator[Ex
         key = (_number(event.get("part")), _number(event.get("c")))
         found = opened.get(key)
         kind = event.get("kind")
-        if kind == "request" or (kind in ("refused", "failed") and not _same(found, event)):
+        if kind == "request" or (_is_refusal(event) and not _same(found, event)):
             if found is not None:
                 yield opened.pop(key)
             found = opened[key] = Exchange(number, *key, Message(event, time_of(event)))
@@ -109,6 +109,11 @@ def exchanges(events: Iterable[Event], *, keep_text: bool = True) -> Iterator[Ex
 def time_of(event: Event) -> float:
     """Seconds since the part began."""
     return seconds(event.get("t"))
+
+
+def _is_refusal(event: Event) -> bool:
+    """Whether a request was refused or failed: other protocols' events of these kinds have no method."""
+    return event.get("kind") in ("refused", "failed") and isinstance(event.get("method"), str)
 
 
 def _same(found: Exchange | None, event: Event) -> bool:

@@ -68,11 +68,13 @@ def seeds() -> Iterator[bytes]:
     )
     yield bytes([BOARD]) + said((USER, codec.open_channel("direct-tcpip", 5, 100, 32768, place)))
     yield bytes([BOARD]) + said((USER, codec.global_request("tcpip-forward", place[:16])))
+    hello = [(USER, b"\1\0\0\0\3"), (TARGET, b"\2\0\0\0\3")]
     opened = [(USER, b"\3\0\0\0\1" + string(b"/a") + bytes(8)), (TARGET, b"\x66\0\0\0\1" + string(b"h"))]
     write = (USER, b"\6\0\0\0\2" + string(b"h") + bytes(8) + string(b"content"))
     done = (TARGET, b"\x65\0\0\0\2" + bytes(12))
-    closed = (USER, b"\4\0\0\0\3" + string(b"h"))
-    yield bytes([SFTP]) + said(*((side, string(body)) for side, body in (*opened, write, done, closed)))
+    closed = [(USER, b"\4\0\0\0\3" + string(b"h")), (TARGET, b"\x65\0\0\0\3" + bytes(12))]
+    file = (*hello, *opened, write, done, *closed)
+    yield bytes([SFTP]) + said(*((side, string(body)) for side, body in file))
     file = [(TARGET, b"\0"), (USER, b"C0644 3 a\n"), (TARGET, b"\0"), (USER, b"abc\0"), (TARGET, b"\0")]
     folder = [(USER, b"D0755 0 d\n"), *file, (USER, b"E\n"), (TARGET, b"\0")]
     yield bytes([SCP, USER]) + said(*file, *folder)

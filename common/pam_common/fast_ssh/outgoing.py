@@ -155,8 +155,8 @@ class Outgoing:
         self._tell_drained()
 
     def when_low(self, size: int, call: Callable[[int], None]) -> None:
-        """The same when at most ``size`` bytes are queued (a size that is the same for all who wait), with the
-        number of those who waited."""
+        """The same when at most ``size`` bytes are queued (the same number for all who wait), with how many
+        waited."""
         with self._queue_lock:
             self._low.append(call)
             self._low_at = size

@@ -21,8 +21,8 @@ from paramiko.common import MSG_CHANNEL_WINDOW_ADJUST
 
 from pam_common.fast_ssh.channel import MAX_WINDOW, WINDOW, ChannelStream
 
-#: A connection that has more than this to send is behind: a few windows, or a second of a slow link. Once most
-#: of it is gone, those who waited share so much room.
+#: A connection that has more than this to send is behind: a few windows, or a second of a slow link. Once
+#: most of it is gone, those who waited share so much room.
 BEHIND = 4 << 20
 #: Of which each gets this much at least.
 LEAST_SHARE = 16 << 10

@@ -7,8 +7,10 @@ import os
 import shlex
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
+import paramiko
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -104,6 +106,35 @@ def test_file_contents_are_recorded_up_to_the_accounts_budget(sshd, make_gate, t
     gate.ended()
     kept = "".join(event["data"] for event in gate.kinds("data") if event["stream"] == "file")
     assert kept == ("line\n" * 1000)[:100]
+
+
+def test_another_program_reads_ahead_and_closes(gate, file, tmp_path) -> None:
+    """paramiko's prefetch knows nothing of the end of its file: it goes on by a handle that is closed."""
+    transport = paramiko.Transport(("127.0.0.1", gate.port))
+    try:
+        transport.start_client(timeout=60)
+        transport.auth_none("me")
+        client = paramiko.SFTPClient.from_transport(transport)
+        client.put(str(file), f"{tmp_path}/put")
+        client.get(f"{tmp_path}/put", f"{tmp_path}/got")
+        assert {entry.filename for entry in client.listdir_iter(str(tmp_path))} >= {"put", "got"}
+        with client.open(f"{tmp_path}/put", "rb") as ahead:
+            assert ahead.read(100) == file.read_bytes()[:100]
+        ahead.prefetch(1 << 20)
+        reading = [thread for thread in threading.enumerate() if "_prefetch_thread" in thread.name]
+        for thread in reading:
+            thread.join(60)
+        assert client.stat(f"{tmp_path}/put").st_size == 3_000_001
+        client.close()
+    finally:
+        transport.close()
+    gate.ended()
+    done = [event for event in gate.kinds("file") if event["op"] in ("get", "put")]
+    assert [(event["op"], event["ok"], event.get("sha256")) for event in done[:2]] == [
+        ("put", True, sha(file)),
+        ("get", True, sha(file)),
+    ]
+    assert (done[2]["op"], done[2]["path"]) == ("get", f"{tmp_path}/put")
 
 
 def rsh(gate) -> str:

@@ -37,7 +37,9 @@ Refused, and why:
 * variables that the account does not list;
 * a target with another host key than the pinned or certified one: nothing is ever learned by connecting;
 * a user's program without strict key exchange (CVE-2023-48795); ciphers other than AES-GCM;
-* data beyond the window, after EOF, for channels that are not open; SFTP that cannot be followed.
+* data beyond the window, after EOF, for channels that are not open;
+* SFTP that cannot be followed: handles that were not given out, an id of a request that is under way, what is
+  asked before the version is known, another version later.
 
 What they cannot do: with a shell or ``exec`` the account does whatever the target lets its user do, an SFTP
 server by hand included; ``sftp`` alone is the only right that a recording follows file by file.
