@@ -50,15 +50,17 @@ connection, ``statement`` its Parse messages.
                    login, options, replication
 ``refused``        not logged in, or not started: reason
 ``query``          id, mode (simple, extended, function), sql (redacted; null where only SQL's PREPARE or
-                   DECLARE knows it); name, portal, params, max_rows; continues (an earlier id, for the next
-                   rows of a portal); function (oid); skipped (the server ignores it, after an error);
-                   uncertain (SQL's PREPARE or DEALLOCATE may have changed what the name denotes);
+                   DECLARE knows it, or the name is the oldest of too many); name, portal, params, max_rows;
+                   continues (an earlier id, for the next rows of a portal); function (oid); skipped (the
+                   server ignores it, after an error); uncertain (SQL's PREPARE or DEALLOCATE may have
+                   changed what the name denotes, or names were too many to be remembered);
                    truncated with message_bytes and message_sha256
 ``parse, bind``    a preparation whose execution did not come along with it, or that is long
 ``more``           sql: the rest of the statement in the event before
 ``rows``           id, columns ([name, type oid], once per result), rows (text, hexadecimal or null),
-                   or copy (in, out, both) and data: up to the budget
-``progress``       id, messages and bytes so far of a long transfer
+                   or copy (in, out, both) and data: up to the budget. early: sent before the target asked
+                   for it; copied only if a result of this id says copy in, ignored by the target otherwise
+``progress``       id, messages and bytes so far of a long transfer; early, as for rows
 ``result``         id, tag or error (severity, code, message, detail, hint, position, where), ms, notices;
                    rows or messages, bytes, copy; suspended; unrecorded_bytes and unrecorded_sha256
 ``skipped``        ids that do not run, because of an error before them

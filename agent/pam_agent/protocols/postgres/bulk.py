@@ -8,7 +8,7 @@ from typing import Final, Literal, TypeAlias
 
 from pam_agent.protocols.base import Event
 from pam_agent.protocols.postgres.codec import HEADER, HEADER_SIZE, Column
-from pam_agent.protocols.postgres.redact import redact_value
+from pam_agent.protocols.postgres.redact import CopyRedaction, redact_value
 from pam_agent.protocols.postgres.values import decode_row, decode_text
 
 Source: TypeAlias = Literal["rows", "out", "in", "both"]
@@ -27,7 +27,15 @@ class Bulk:
 
     ``room`` is what may still be recorded, in bytes of message bodies. What is not recorded is counted and
     hashed (SHA-256) as it is on the wire: whole messages with their headers, and the ends of cut ones.
+    ``early``: copy data that the target has not asked for yet; if it never does, it ignores the data.
     """
+
+    # One of them may belong to each unanswered query, so they are kept small.
+    __slots__ = (
+        *("query", "source", "count", "bytes", "early"),
+        *("_room", "_columns", "_formats", "_encoding", "_told_columns", "_redaction"),
+        *("_unrecorded", "_digest", "_next_progress", "_partial"),
+    )
 
     def __init__(
         self,
@@ -38,16 +46,19 @@ class Bulk:
         columns: Sequence[Column] = (),
         formats: Sequence[int] | None = None,
         encoding: str = "utf-8",
+        early: bool = False,
     ) -> None:
         self.query = query
         self.source = source
         self.count = 0
         self.bytes = 0
+        self.early = early
         self._room = room
         self._columns = columns
         self._formats = formats
         self._encoding = encoding
         self._told_columns = not columns
+        self._redaction: CopyRedaction | None = None
         self._unrecorded = 0
         self._digest: hashlib._Hash | None = None  # most have nothing beyond the budget
         self._next_progress = PROGRESS
@@ -142,11 +153,18 @@ class Bulk:
             ]
         else:
             event["copy"] = self.source
-            event["data"] = decode_text(b"".join(sample), self._encoding)
+            if self.early:
+                event["early"] = True
+            if self._redaction is None:
+                self._redaction = CopyRedaction()
+            event["data"] = self._redaction.next(decode_text(b"".join(sample), self._encoding))
         return event
 
     def _progress(self) -> list[Event]:
         if self.bytes < self._next_progress:
             return []
         self._next_progress = self.bytes + PROGRESS
-        return [{"kind": "progress", "id": self.query, "messages": self.count, "bytes": self.bytes}]
+        event: Event = {"kind": "progress", "id": self.query, "messages": self.count, "bytes": self.bytes}
+        if self.early:
+            event["early"] = True
+        return [event]

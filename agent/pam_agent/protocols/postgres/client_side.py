@@ -6,10 +6,17 @@ from collections.abc import Callable
 from typing import Final
 
 from pam_agent.protocols.base import ClientProtocolError, Event
+from pam_agent.protocols.postgres.bulk import Bulk
 from pam_agent.protocols.postgres.codec import Reader
 from pam_agent.protocols.postgres.pipeline import Kind, Pipeline, Portal, Statement, Step
 from pam_agent.protocols.postgres.redact import MASK, is_sensitive, is_suspect, redact_sql, redact_value
-from pam_agent.protocols.postgres.values import BINARY, decode_text, decode_value, format_of
+from pam_agent.protocols.postgres.values import (
+    BINARY,
+    PLAIN_TYPES,
+    decode_text,
+    decode_value,
+    format_of,
+)
 
 #: A statement up to this many characters is repeated in full by each execution's event, so that the event
 #: explains itself; a longer one is told once, when it is parsed, and then cited by number and start.
@@ -24,12 +31,15 @@ _Message = Callable[[bytes, int, str | None], None]
 
 
 class ClientSide:
-    """A Sink for the client's direction. ``clock`` gives seconds."""
+    """A Sink for the client's direction. ``clock`` gives seconds; ``rows_bytes`` is the budget per statement
+    for copy data that comes before the target has asked for it."""
 
-    def __init__(self, pipeline: Pipeline, clock: Callable[[], float]) -> None:
+    def __init__(self, pipeline: Pipeline, clock: Callable[[], float], rows_bytes: int = 0) -> None:
         self.terminated = False
         self._pipeline = pipeline
         self._clock = clock
+        self._rows_bytes = rows_bytes
+        self._asked: Step | None = None  # the last query: copy data may follow it at once
         self._events: list[Event] = []
         self._queries = 0
         self._parsed = 0
@@ -67,14 +77,28 @@ class ClientSide:
             message(body, length, digest)
 
     def run(self, kind: int, view: memoryview, count: int) -> None:
-        copy = self._pipeline.copy_in
-        if copy is not None:  # else the server ignores it
+        copy = self._pipeline.copy_in or self._early()
+        if copy is not None:
             self._events += copy.run(view, count)
 
     def piece(self, kind: int, view: memoryview, first: bool, last: bool) -> None:
-        copy = self._pipeline.copy_in
+        copy = self._pipeline.copy_in or self._early()
         if copy is not None:
             self._events += copy.piece(view, first, last)
+
+    def _early(self) -> Bulk | None:
+        """For copy data that the target has not asked for, or not yet: a client need not wait for that, and
+        the target, which need not answer before it has the data, cannot be waited for here."""
+        asked = self._asked
+        if asked is None:
+            return None
+        copy = self._pipeline.copy_data(asked, lambda: self._early_bulk(asked))
+        if copy is None:
+            self._asked = None  # answered: the server ignores the data
+        return copy
+
+    def _early_bulk(self, asked: Step) -> Bulk:
+        return Bulk(asked.query, "in", self._rows_bytes, encoding=self._pipeline.encoding, early=True)
 
     def _text(self, data: bytes) -> tuple[str, bool]:
         """A statement redacted, and whether it was sensitive."""
@@ -107,8 +131,14 @@ class ClientSide:
         event: Event = {"kind": "query", "id": number, "mode": "simple", **_cut(length, digest)}
         self._tell(event, sql)
         step = Step(Kind.QUERY, self._clock(), number, sensitive)
-        if not self._pipeline.push(step):
-            event["skipped"] = True
+        self._push_query(step, event)
+
+    def _push_query(self, step: Step, event: Event) -> None:
+        if self._pipeline.push(step):
+            self._asked = step
+        else:
+            self._asked = None
+            event["skipped"] = True  # an error came before; the server ignores this
 
     def _parse(self, body: bytes, length: int, digest: str | None) -> None:
         reader = Reader(body, "parse", ClientProtocolError)
@@ -159,26 +189,23 @@ class ClientSide:
                 raise ClientProtocolError("bind message has bytes after its end")
         else:
             values, results = _cut_parameters(reader), None
-        params = [self._value(value, index, formats, statement) for index, value in enumerate(values)]
+        types = statement.types if statement is not None else ()
+        sensitive = statement.sensitive if statement is not None else self._pipeline.forgot_sensitive
+        params = [self._value(value, index, formats, types, sensitive) for index, value in enumerate(values)]
         portal = Portal(name, statement_name, statement, params, _cut(length, digest), results)
         self._pipeline.open_portal(portal)
         self._unrecorded.append(portal)
         self._pipeline.push(Step(Kind.BIND, self._clock(), portal=portal, name=name))
 
     def _value(
-        self, data: bytes | None, index: int, formats: list[int], statement: Statement | None
+        self, data: bytes | None, index: int, formats: list[int], types: tuple[int, ...], sensitive: bool
     ) -> str | None:
         if data is None:
             return None
-        types = statement.types if statement is not None else ()
         type_ = types[index] if index < len(types) else 0
         format_ = format_of(formats, index)
-        if (
-            statement is not None
-            and statement.sensitive
-            and (format_ != BINARY or type_ in (0, 17, 25, 1043))
-        ):
-            return MASK
+        if sensitive and (format_ != BINARY or type_ not in PLAIN_TYPES):
+            return MASK  # any other type may hold a text: char(n), json, an extension's or a domain
         return redact_value(decode_value(data, type_, format_, self._pipeline.encoding) or "")
 
     def _execute(self, body: bytes, length: int, digest: str | None) -> None:
@@ -199,8 +226,7 @@ class ClientSide:
         if most > 0:
             event["max_rows"] = most
         self._events.append(event)
-        if not self._pipeline.push(step):
-            event["skipped"] = True  # an error came before; the server ignores this
+        self._push_query(step, event)
 
     def _bound(self, portal: Portal) -> Event:
         """The fields that say what a portal runs, and with which values."""
@@ -267,7 +293,7 @@ class ClientSide:
             if digest is None
             else _cut_parameters(reader)
         )
-        params = [self._value(value, index, formats, None) for index, value in enumerate(values)]
+        params = [self._value(value, index, formats, (), False) for index, value in enumerate(values)]
         number = self._next_query()
         event: Event = {"kind": "query", "id": number, "mode": "function", "function": function}
         event.update(params=params, **_cut(length, digest))

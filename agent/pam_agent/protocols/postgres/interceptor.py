@@ -94,7 +94,7 @@ class PostgresInterceptor:
 
     def _pump(self, client: Stream, conversation: Conversation, login: Login) -> Pump:
         pipeline = Pipeline()
-        client_side = ClientSide(pipeline, time.monotonic)
+        client_side = ClientSide(pipeline, time.monotonic, self._opening.rows_bytes)
         target_side = TargetSide(pipeline, self._opening.rows_bytes, time.monotonic)
         for setting in login.settings.items():
             target_side.setting(*setting)

@@ -7,6 +7,10 @@ an error the server skips everything up to the next Sync, and so does the queue.
 Two views of the names exist. ``statements`` is what the client's messages say, at once; ``confirmed`` is
 what the target has answered for. They differ when a pipelined Parse fails because its name is taken: then
 a Bind recorded under the new text really runs the old one, and the recording gets a ``correction``.
+
+In copy-in mode the server ignores a Sync; after an error it does not. Whether it took one that was sent
+with the data depends on how far it had read, so such a Sync waits in the queue as one that is ``perhaps``
+answered. It goes when the copy ends well, when a ReadyForQuery comes, or when what is behind it is answered.
 """
 
 from __future__ import annotations
@@ -21,14 +25,17 @@ from typing import TYPE_CHECKING, Final
 from pam_agent.protocols.base import ClientProtocolError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pam_agent.protocols.postgres.bulk import Bulk
     from pam_agent.protocols.postgres.codec import Column
 
 #: Unanswered messages before the client is made to wait. Real pipelines hold hundreds; a server answers
 #: 65536 messages with at least 320 kB, far more than it buffers, so waiting here always ends.
 STEPS_LIMIT: Final = 65536
-#: Prepared statements or portals open at a time: drivers keep 100 to 256. With CITED and KEPT_COLUMNS each
-#: costs the agent 10 kB at the very most.
+#: Prepared statements or portals remembered at a time: drivers keep 100 to 256. With CITED and KEPT_COLUMNS
+#: each costs the agent 10 kB at the very most. Beyond it the oldest statement is forgotten: the names of a
+#: driver that drops them by SQL, which nobody reads here, would come to any number.
 NAMES_LIMIT: Final = 4096
 #: How far an answer is looked for: a copy swallows a few Syncs. A target that answers what nobody asked
 #: must not make each of its five bytes cost a walk through all steps.
@@ -53,6 +60,8 @@ class Kind(Enum):
 
 #: The steps that a ReadyForQuery answers.
 READY: Final = frozenset({Kind.QUERY, Kind.SYNC, Kind.FUNCTION})
+#: What says nothing of its own, and may lie about where a copy failed.
+_BARE: Final = frozenset({Kind.SYNC, Kind.COPY_END})
 
 
 @dataclass(slots=True)
@@ -87,7 +96,11 @@ class Portal:
 
 @dataclass(slots=True)
 class Step:
-    """One message of the client that will be answered; ``at`` is when it was seen, in seconds."""
+    """One message of the client that will be answered; ``at`` is when it was seen, in seconds.
+
+    ``perhaps``: a Sync (or what stands where one was) that a copy may have swallowed. ``ends``: how many ends
+    of copies a COPY_END stands for. ``early``: copy data sent along with a query, before the target's answer.
+    """
 
     kind: Kind
     at: float = 0.0
@@ -96,6 +109,9 @@ class Step:
     statement: Statement | None = None
     portal: Portal | None = None
     name: str = ""
+    perhaps: bool = False
+    ends: int = 1
+    early: Bulk | None = None
 
     @property
     def runs(self) -> Statement | None:
@@ -122,9 +138,13 @@ class Pipeline:
         self._confirmed: dict[str, Statement] = {}
         self.copy_in: Bulk | None = None  # the copy whose data the client is sending
         self._copy_open = False
+        self._copy_both = False  # replication: what the client sends are its own messages
+        self._doubtful = False  # a copy failed, and the server skips or does not: it may have taken a Sync
+        self.lost = False  # from here on answers may be matched with the wrong steps
         self.encoding = "utf-8"
         self.backslashes = False  # standard_conforming_strings is off
-        self.names_uncertain = False  # SQL PREPARE or DEALLOCATE changed names behind the protocol
+        self.names_uncertain = False  # SQL changed names behind the protocol, or some are forgotten
+        self.forgot_sensitive = False  # among those was a statement whose values are hidden
 
     # The client's side.
 
@@ -152,29 +172,70 @@ class Pipeline:
         """Expect an answer to a message; False if the server will ignore the message."""
         with self.lock:
             if step.kind is Kind.SYNC:
-                if self._copy_open:
-                    return False  # the server ignores Sync in copy-in mode
-                self._skipping = False
+                step.perhaps = self._copy_open
+                self._skipping = self._doubtful = False
             elif self._skipping:
                 self._undo(step)
                 return False
             elif step.kind is Kind.COPY_END:
-                self._copy_open = False
-                try:
-                    last = self._steps[-1].kind
-                except IndexError:  # even when it was there a moment ago
+                if not self._end_of_copy():
                     return False
-                if last is Kind.COPY_END:
-                    return False
+            elif self._doubtful:
+                self.lost = True
             self._steps.append(step)
         return True
 
+    def _end_of_copy(self) -> bool:
+        """The client ends a copy; whether that needs a step of its own."""
+        self._copy_open = False
+        self.copy_in = None
+        try:
+            last = self._steps[-1]
+        except IndexError:  # even when it was there a moment ago
+            return False
+        if last.kind is Kind.COPY_END:
+            last.ends += 1
+            return False
+        return True
+
+    def copy_data(self, asked: Step, make: Callable[[], Bulk]) -> Bulk | None:
+        """Where copy data belongs that comes while no copy is known to be open: to the query ``asked`` last,
+        if it is not answered yet. None: the server ignores it."""
+        with self.lock:
+            if self.copy_in is not None:
+                return self.copy_in  # the target has asked for it, this moment
+            if self._copy_both or not self._steps:
+                return None
+            if asked.early is None:
+                if not self._waits(asked):
+                    return None
+                asked.early = make()
+            return asked.early
+
+    def _waits(self, asked: Step) -> bool:
+        """Whether the query sent last is unanswered. By index: the other thread may take steps off the front.
+        The walk is over what was sent since, and once for each query."""
+        try:
+            for back in range(1, len(self._steps) + 1):
+                if self._steps[-back] is asked:
+                    return True
+        except IndexError:
+            pass
+        return False
+
     def keep(self, statement: Statement) -> None:
-        """Remember a statement under its name. Raises ClientProtocolError beyond NAMES_LIMIT."""
+        """Remember a statement under its name, and beyond NAMES_LIMIT forget the oldest."""
         with self.lock:
             if statement.name not in self.statements and len(self.statements) >= NAMES_LIMIT:
-                raise ClientProtocolError("too many prepared statements", hint="close those not needed")
+                self._drop_oldest(self.statements)
             self.statements[statement.name] = statement
+
+    def _drop_oldest(self, names: dict[str, Statement]) -> None:
+        """An execution of it is recorded without a text, as one of a name that only SQL knows. The unnamed
+        one is about to be used, however long ago it was first there."""
+        oldest = next(name for name in names if name)
+        self.forgot_sensitive |= names.pop(oldest).sensitive
+        self.names_uncertain = True
 
     def open_portal(self, portal: Portal) -> None:
         with self.lock:
@@ -192,8 +253,26 @@ class Pipeline:
 
     # The target's side.
 
-    def head(self) -> Step | None:
-        return self._steps[0] if self._steps else None
+    def failing(self) -> Step | None:
+        """The step that an ErrorResponse is about: not one that is left over from a copy."""
+        steps = self._steps
+        if not steps:
+            return None
+        if steps[0].perhaps or steps[0].kind is Kind.COPY_END:
+            with self.lock:
+                self._drop_left_over()
+        return steps[0] if steps else None
+
+    def _drop_left_over(self) -> None:
+        """Where the server perhaps took an earlier Sync, the ReadyForQuery of a later one was counted for it;
+        and all of them have come, for the server answers in order."""
+        steps = self._steps
+        perhaps = False
+        while steps and steps[0].kind in _BARE:
+            perhaps |= steps[0].perhaps
+            if not perhaps and steps[0].kind is Kind.SYNC:
+                break
+            steps.popleft()
 
     def expect(self, *kinds: Kind) -> Step | None:
         """The step now being answered, which is one of ``kinds``; steps before it were not answered (a
@@ -222,6 +301,8 @@ class Pipeline:
         """A ParseComplete: the name now denotes this statement for the target."""
         if step.statement is not None:
             with self.lock:
+                if len(self._confirmed) >= NAMES_LIMIT and step.name not in self._confirmed:
+                    self._drop_oldest(self._confirmed)
                 self._confirmed[step.name] = step.statement
 
     def confirmed(self, name: str) -> Statement | None:
@@ -234,21 +315,41 @@ class Pipeline:
                 self._confirmed.pop(step.name, None)
 
     def forget_all(self) -> None:
-        """DEALLOCATE ALL or DISCARD ALL was answered."""
+        """DEALLOCATE ALL or DISCARD ALL was answered: what was there before it is gone. What the client has
+        parsed since, perhaps under the same name, is not confirmed yet and stays."""
         with self.lock:
+            for name, statement in self._confirmed.items():
+                if self.statements.get(name) is statement:
+                    del self.statements[name]
             self._confirmed.clear()
 
     def ready(self, idle: bool) -> None:
         """A ReadyForQuery: everything up to its cause is answered. ``idle``: outside a transaction."""
         with self.lock:
-            while self._steps and self._steps.popleft().kind not in READY:
-                pass
-            if idle and not self._steps:
+            steps = self._steps
+            perhaps = False
+            while steps:
+                step = steps.popleft()
+                perhaps |= step.perhaps
+                if step.kind in READY:
+                    break
+            if steps:
+                self._after_ready(perhaps)
+            if idle and not steps:
                 self.portals.clear()  # portals end with their transaction
             self.copy_in = None
-            self._copy_open = False
+            self._copy_open = self._copy_both = self._skipping = self._doubtful = False
             if self._wanted:
                 self._room.notify_all()
+
+    def _after_ready(self, perhaps: bool) -> None:
+        """``perhaps``: the step that was taken for the cause may be one that a copy swallowed. Then the cause
+        was a Sync behind it, for which no answer is to come."""
+        steps = self._steps
+        while steps and steps[0].kind is Kind.COPY_END:
+            steps.popleft()  # of a copy that failed, or never was
+        if perhaps and steps and steps[0].kind is Kind.SYNC:
+            steps[0].perhaps = True
 
     def skip_to_sync(self) -> list[int]:
         """An error in the extended protocol: the server ignores all before the next Sync.
@@ -270,8 +371,22 @@ class Pipeline:
                     skipped.append(step.query)
             else:
                 self._skipping = True
+            self._doubt()
             self._room.notify_all()
         return skipped
+
+    def _doubt(self) -> None:
+        """After an error in a copy, with no Sync behind it but those that it may have swallowed, the server
+        either skips what comes next or does not."""
+        if not (self._steps and self._steps[0].perhaps):
+            return
+        for step in self._steps:
+            if step.kind not in _BARE:
+                self.lost = True
+                return
+            if step.kind is Kind.SYNC and not step.perhaps:
+                return
+        self._doubtful = True
 
     def _undo(self, step: Step) -> None:
         """What a skipped message said about names did not happen."""
@@ -283,11 +398,45 @@ class Pipeline:
         if before is not None and step.kind in (Kind.PARSE, Kind.CLOSE):
             self.statements.setdefault(step.name, before)
 
-    def begin_copy_in(self, bulk: Bulk) -> None:
-        """A CopyInResponse. The Syncs sent along with the Execute are read, and ignored, as copy data."""
+    def begin_copy_in(self, bulk: Bulk) -> Bulk:
+        """A CopyInResponse; returns what the data belongs to: ``bulk``, or what came before the answer.
+
+        The Syncs sent along with the Execute are read, and ignored, as copy data, unless it fails at once.
+        """
         with self.lock:
-            self.copy_in = bulk
             steps = self._steps
-            while len(steps) > 1 and steps[1].kind is Kind.SYNC:
+            if steps and (early := steps[0].early) is not None:
+                steps[0].early = None
+                early.early = False
+                bulk = early
+            # Marked already, they belong to a copy that has not ended well: not to be walked through for each
+            # time that a target says it begins.
+            again = len(steps) > 1 and steps[1].perhaps
+            self._copy_open = again or not self._ended_already()
+            self.copy_in = bulk if self._copy_open else None
+            return bulk
+
+    def _ended_already(self) -> bool:
+        """Whether the client has sent all of the copy that begins; marks the Syncs among its data."""
+        for step in islice(self._steps, 1, None):
+            if step.kind is not Kind.SYNC:
+                return step.kind is Kind.COPY_END
+            step.perhaps = True
+        return False
+
+    def begin_copy_both(self) -> None:
+        with self.lock:
+            self._copy_both = True
+
+    def end_copy_in(self) -> None:
+        """A copy ended well: the server has read up to its end, and ignored the Syncs before that."""
+        with self.lock:
+            self.copy_in = None
+            self._copy_open = False
+            steps = self._steps
+            while len(steps) > 1 and steps[1].perhaps:
                 del steps[1]
-            self._copy_open = len(steps) < 2 or steps[1].kind is not Kind.COPY_END
+            if len(steps) > 1 and steps[1].kind is Kind.COPY_END:
+                steps[1].ends -= 1
+                if not steps[1].ends:
+                    del steps[1]

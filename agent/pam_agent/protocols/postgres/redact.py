@@ -41,6 +41,13 @@ _ASSIGNED: Final = re.compile(
 _URL: Final = re.compile(r"(://[^\s/:@'\"]*+:)([^\s'\"]++)")
 _VERIFIER: Final = re.compile(r"SCRAM-SHA-\d+\$[^\s'\"]+|\bmd5[0-9a-f]{32}\b")
 
+#: What ends a field of copy data, whichever format it has.
+_FIELDS: Final = re.compile(r"([\t\n])")
+_ESCAPE: Final = re.compile(r"\\(.)", re.DOTALL)
+_ESCAPED: Final = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
+#: Characters of an unfinished field that are looked at again with what follows: a word and its value.
+TAIL: Final = 256
+
 
 def _tokens(plain: str) -> re.Pattern[str]:
     """Where a token that matters begins, leftmost first. All repetitions are possessive: linear time."""
@@ -124,6 +131,56 @@ def redact_value(text: str) -> str:
     text = _ASSIGNED.sub(rf"\1{MASK}", text)
     text = _URL.sub(_without_password, text)
     return _VERIFIER.sub(MASK, text)
+
+
+def redact_copy(text: str) -> str:
+    """Copy data, in the text format or as CSV: each field of each line like a value."""
+    if not _has(text, _SUSPECTS):
+        return text
+    return "".join(_copy_field(field) for field in _FIELDS.split(text))
+
+
+def _copy_field(field: str) -> str:
+    if not _has(field, _SUSPECTS):
+        return field
+    # CSV doubles the quotes within a field. Undoubled, no quoted secret ends earlier than it does.
+    plain = field.replace('""', '"')
+    clean = redact_value(plain)
+    if "\\" not in field:
+        return field if clean == plain else clean
+    # Whether a backslash escapes depends on the format, which nothing on the wire tells: where a secret that
+    # is beside one ends is not known, and all of the field goes.
+    escaped = _ESCAPE.sub(lambda match: _ESCAPED.get(match[1], match[1]), plain)
+    return field if clean == plain and redact_value(escaped) == escaped else MASK
+
+
+class CopyRedaction:
+    """Of the copy data of one statement, which comes in pieces: a field may go on in the next one."""
+
+    __slots__ = ("_hiding", "_tail")
+
+    def __init__(self) -> None:
+        self._tail = ""
+        self._hiding = False
+
+    def next(self, text: str) -> str:
+        """The next piece without secrets; what goes on after the start of one is hidden up to its field's
+        end."""
+        separator = _FIELDS.search(text)
+        end = separator.start() if separator is not None else len(text)
+        before = self._tail + text[:end]
+        if self._hiding or (self._tail and _copy_field(before) != before):
+            clean = MASK + redact_copy(text[end:])
+        else:
+            clean = redact_copy(text)
+        if separator is None:
+            self._hiding |= clean != text
+            self._tail = before[-TAIL:]
+        else:
+            last = text[max(text.rfind("\n"), text.rfind("\t")) + 1 :]
+            self._hiding = _copy_field(last) != last
+            self._tail = last[-TAIL:]
+        return clean
 
 
 def redact_message(text: str, *, sensitive: bool) -> str:

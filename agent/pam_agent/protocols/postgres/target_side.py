@@ -74,10 +74,8 @@ class TargetSide:
 
     def _expect(self, *kinds: Kind) -> Step | None:
         step = self._pipeline.expect(*kinds)
-        if step is None and not self._lost:
-            # Said once: from here on results may not be matched with their queries.
-            self._lost = True
-            self._events.append({"kind": "unmatched", "expected": [kind.value for kind in kinds]})
+        if step is None:
+            self._tell_lost([kind.value for kind in kinds])
         return step
 
     def _parse_complete(self, body: bytes) -> None:
@@ -181,13 +179,16 @@ class TargetSide:
         return self._bulk
 
     def _copy_in(self, body: bytes) -> None:
-        self._pipeline.begin_copy_in(self._open_copy("in"))
+        if self._bulk is not None and self._bulk.source == "in":
+            raise TargetProtocolError("a copy begins within a copy")
+        self._bulk = self._pipeline.begin_copy_in(self._open_copy("in"))
 
     def _copy_out(self, body: bytes) -> None:
         self._open_copy("out")
 
     def _copy_both(self, body: bytes) -> None:
         self._open_copy("both")
+        self._pipeline.begin_copy_both()
 
     def _finish(self, step: Step | None, **fields: Any) -> None:
         """A ``result`` event: what a statement came to."""
@@ -211,6 +212,8 @@ class TargetSide:
     def _command_complete(self, body: bytes) -> None:
         tag = decode_text(body.rstrip(b"\0"), "utf-8")
         step = self._expect(Kind.EXECUTE, Kind.QUERY)
+        if self._bulk is not None and self._bulk.source == "in":
+            self._pipeline.end_copy_in()
         self._finish(step, tag=tag)
         if step is not None and step.kind is Kind.EXECUTE:
             self._pipeline.pop()
@@ -237,14 +240,21 @@ class TargetSide:
     def _ready(self, body: bytes) -> None:
         self._pipeline.ready(idle=body == b"I")
         self._bulk = None
+        if self._pipeline.lost:
+            self._tell_lost([])
+
+    def _tell_lost(self, expected: list[str]) -> None:
+        """Said once: from here on results may not be matched with their queries."""
+        if not self._lost:
+            self._lost = True
+            self._events.append({"kind": "unmatched", "expected": expected})
 
     # Anything at any time.
 
     def _error(self, body: bytes) -> None:
-        step = self._pipeline.head()
+        step = self._pipeline.failing()
         fields = parse_error(body, self._pipeline.encoding)
-        runs = step.runs if step is not None else None
-        sensitive = (step is not None and step.sensitive) or (runs is not None and runs.sensitive)
+        sensitive = step is not None and self._is_sensitive(step)
         fields = {
             name: text if name in ("code", "severity") else redact_message(text, sensitive=sensitive)
             for name, text in fields.items()
@@ -256,6 +266,12 @@ class TargetSide:
             skipped = self._pipeline.skip_to_sync()
             if skipped:
                 self._events.append({"kind": "skipped", "ids": skipped})
+
+    def _is_sensitive(self, step: Step) -> bool:
+        runs = step.runs
+        if runs is not None:
+            return runs.sensitive
+        return step.sensitive or (step.portal is not None and self._pipeline.forgot_sensitive)
 
     def _notice(self, body: bytes) -> None:
         self._notices += 1

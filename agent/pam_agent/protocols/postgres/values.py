@@ -181,6 +181,11 @@ def _jsonb(data: bytes) -> str:
 #: text, varchar, bpchar, name, "char", json, xml, unknown, citext has no fixed oid.
 TEXT_TYPES: Final = frozenset({25, 1043, 1042, 19, 18, 114, 142, 705})
 
+#: Numbers, truth values, dates, times and uuids: what can hold no secret text.
+PLAIN_TYPES: Final = frozenset(
+    {16, 20, 21, 23, 26, 700, 701, 790, 1082, 1083, 1114, 1184, 1186, 1266, 1700, 2950}
+)
+
 _BINARY_TYPES: Final[dict[int, Callable[[bytes], str]]] = {
     16: _bool,
     17: hexadecimal,
