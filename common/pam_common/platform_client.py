@@ -126,12 +126,12 @@ class PlatformClient:
             )
         except requests.exceptions.SSLError as error:
             raise UnavailableError(
-                f"the TLS certificate of {self.base_url} is not accepted: {_reason(error)}",
+                f"the TLS certificate of {self.base_url} is not accepted: {reason_of(error)}",
                 hint="is platform_ca set to the CA that signed it, and is the name right?",
             ) from None
         except (requests.RequestException, OSError) as error:
             raise UnavailableError(
-                f"the platform at {self.base_url} does not answer: {_reason(error)}"
+                f"the platform at {self.base_url} does not answer: {reason_of(error)}"
             ) from None
         self._note_clock(response, sent)
         if response.status_code >= 300:
@@ -195,7 +195,7 @@ def _bounded(response: requests.Response) -> bytes:
             if time.monotonic() > deadline:
                 raise UnavailableError("the platform's answer took too long")
     except (requests.RequestException, OSError) as error:
-        raise UnavailableError(f"the platform's answer was cut: {_reason(error)}") from None
+        raise UnavailableError(f"the platform's answer was cut: {reason_of(error)}") from None
     return bytes(body)
 
 
@@ -242,7 +242,7 @@ def _text(value: object) -> str:
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The cause in a few words: requests and urllib3 wrap it several deep, and show it as Python would."""
     text = str(getattr(error, "reason", None) or error)
     for cause, words in _CAUSES.items():

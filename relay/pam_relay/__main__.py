@@ -40,8 +40,8 @@ Shell completion (bash; likewise zsh, fish):
 
 \b
 Exit codes:
-  0 done, 1 refused or failed, 2 wrong usage, 69 platform or relay unreachable,
-  78 wrong configuration.""",
+  0 done, 1 refused or failed, 2 wrong usage,
+  69 platform or relay unreachable, 78 wrong configuration.""",
 )
 @click.option(
     "--config",
@@ -68,7 +68,16 @@ def cli(ctx: click.Context, path: Path) -> None:
 @click.option("--name", required=True, help="The name the token was made for.")
 @click.pass_obj
 def enrol(path: Path, token_file: Path, name: str) -> None:
-    """Make this relay's keys and have the platform sign them. May be repeated."""
+    """Make this relay's keys and have the platform sign them. May be repeated.
+
+    The token comes from `pam-platform enrol-token relay NAME` and works once, for an hour.
+
+    \b
+    Examples:
+      pam-relay enrol --token-file token --name relay-1
+      ssh admin@platform pam-platform enrol-token relay relay-1 --quiet |
+        pam-relay enrol --token-file - --name relay-1
+    """
     config = relay_config.load(path)
     state = platform.enrol(config, _token(token_file), name, version("pam-bundle"))
     click.echo(f"enrolled as relay {state.relay} at {state.issuer}")
@@ -91,7 +100,12 @@ def _token(file: Path) -> str:
 @cli.command()
 @click.pass_obj
 def run(path: Path) -> None:
-    """Serve until SIGTERM, then let open channels end for up to drain_timeout. SIGHUP fetches the bundle."""
+    """Serve until SIGTERM, then let open channels end for up to drain_timeout. SIGHUP fetches the bundle.
+
+    \b
+    Example:
+      pam-relay --config relay.yml run
+    """
     config = relay_config.load(path)
     logging.setup(config.log_level)
     Service(config).run()
@@ -100,7 +114,12 @@ def run(path: Path) -> None:
 @cli.command("check-config")
 @click.pass_obj
 def check_config(path: Path) -> None:
-    """Check the configuration and, if enrolled, the stored state; change nothing."""
+    """Check the configuration and, if enrolled, the stored state; change nothing.
+
+    \b
+    Example:
+      pam-relay --config relay.yml check-config
+    """
     config = relay_config.load(path)
     if (config.state_dir / "relay.json").exists():
         state = RelayState.load(config.state_dir)
@@ -113,7 +132,13 @@ def check_config(path: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="The whole answer as one JSON object.")
 @click.pass_obj
 def status(path: Path, as_json: bool) -> None:
-    """Ask the running relay for its routes and counts."""
+    """Ask the running relay for its routes and counts.
+
+    \b
+    Examples:
+      pam-relay status
+      pam-relay status --json | jq .routes
+    """
     answer = read_status(relay_config.load(path).status_socket)
     if as_json:
         click.echo(json.dumps(answer))

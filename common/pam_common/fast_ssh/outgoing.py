@@ -67,6 +67,8 @@ class Outgoing:
         #: What the queue holds, and may hold.
         self.queued = 0
         self.max_queued = MAX_QUEUE
+        #: How often all of it was sent.
+        self.emptied = 0
         self._drained: list[Callable[[], None]] = []
         self._low: list[Callable[[int], None]] = []
         self._low_at = 0
@@ -110,10 +112,15 @@ class Outgoing:
             finally:
                 self._release()
 
-    @property
-    def full(self) -> bool:
-        """Whether only a sixteenth is left of what may wait: for the ends of channels, and the like."""
-        return self.queued > self.max_queued - self.max_queued // 16
+    def crowded(self, share: int) -> bool:
+        """Whether one who has queued ``share`` bytes since it was ``emptied`` last is to queue no more data.
+
+        The last sixteenth is for who has queued little, half of that for the ends of channels and the like.
+        """
+        left = self.max_queued - self.queued
+        if left > self.max_queued // 16:
+            return False
+        return share > self.max_queued // 256 or left < self.max_queued // 32
 
     def send_soon(self, payload: bytes) -> None:
         """Send one packet without ever blocking: what the socket does not take is sent by others.
@@ -232,6 +239,7 @@ class Outgoing:
                 taken += len(item[0]) + len(item[1]) + PACKET_COST
         with self._queue_lock:
             self.queued -= taken
+            self.emptied += not self.queued
         return sealed[0] if len(sealed) == 1 else memoryview(b"".join(sealed))
 
     def _use_key(self, key: Key) -> None:

@@ -20,6 +20,7 @@ import paramiko
 from paramiko.common import MSG_CHANNEL_WINDOW_ADJUST
 
 from pam_common.fast_ssh.channel import MAX_WINDOW, WINDOW, ChannelStream
+from pam_common.fast_ssh.outgoing import PACKET_COST
 
 #: A connection that has more than this to send is behind: a few windows, or a second of a slow link. Once
 #: most of it is gone, those who waited share so much room.
@@ -95,6 +96,7 @@ class _Way:
         self._lock = threading.Lock()
         self._pending = 0  # room that the target's peer gave and the source's was not told of
         self._asked = False
+        self._emptied = self._share = 0  # what of the target's queue came this way since it was empty
         self.carried = 0
 
     def begin(self) -> None:
@@ -111,8 +113,11 @@ class _Way:
 
     def data(self, data: memoryview) -> None:
         source, target = self._source, self._target
-        if target.packets.full:
-            # First windows that came together, or packets of next to no size. It is the sender's doing: cut
+        if target.packets.emptied != self._emptied:
+            self._emptied, self._share = target.packets.emptied, 0
+        self._share += len(data) + PACKET_COST
+        if target.packets.crowded(self._share):
+            # Windows that were used all at once, or packets of next to no size. It is the sender's doing: cut
             # off, the target's connection would take everybody's sessions with it.
             self._switch.abort()
             return
