@@ -54,7 +54,8 @@ def main_command(context: click.Context, config_path: Path) -> None:
       pam-agent --config agent.yml status --json
 
     \b
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 69 not reachable, 78 wrong configuration.
+    Exit codes:
+      0 done, 1 failed, 2 wrong usage, 69 not reachable, 78 wrong configuration.
     """
     context.obj = config_path
 
@@ -77,7 +78,8 @@ def enrol(config_path: Path, token_file: Any, name: str) -> None:
     \b
     Examples:
       pam-agent --config agent.yml enrol --token-file token --name dc1-a
-      ssh admin@platform pam-platform enrol-token agent dc1-a --gateway dc1 --quiet |
+      ssh admin@platform \\
+        pam-platform enrol-token agent dc1-a --gateway dc1 --quiet |
         pam-agent enrol --token-file - --name dc1-a
     """
     settings = config.load(config_path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import struct
 import subprocess
 import threading
 
@@ -193,6 +195,83 @@ def test_postgres_copy_in_extended_protocol_that_fails(pg15, make_gate):
             copy.write(b"1\n2\n")
         assert connection.execute("select i from numbers where i > %s", (0,)).fetchall() == [(2,)]
     _quiet(gate)
+
+
+class Plain:
+    """A client that sends what it is told to, without waiting."""
+
+    def __init__(self, gate):
+        self._sock = socket.create_connection(("127.0.0.1", gate.port), timeout=120)
+        body = struct.pack("!I", 3 << 16) + b"user\0x\0database\0app\0\0"
+        self._sock.sendall(struct.pack("!I", len(body) + 4) + body)
+        self.until(b"Z\0\0\0\5I")
+
+    def send(self, *messages):
+        parts = [kind + struct.pack("!I", len(body) + 4) + body for kind, body in messages]
+        self._sock.sendall(b"".join(parts))
+
+    def until(self, end):
+        data = b""
+        while end not in data:
+            part = self._sock.recv(65536)
+            assert part, data
+            data += part
+
+    def close(self):
+        self.send((b"X", b""))
+        self._sock.close()
+
+
+READY = b"Z\0\0\0\5I"
+
+
+def test_postgres_copy_data_sent_along_with_the_query(pg15, make_gate):
+    gate = make_gate(pg15)
+    client = Plain(gate)
+    client.send((b"Q", b"create temp table sent(i int)\0"))
+    client.until(READY)
+    client.send((b"Q", b"copy sent from stdin\0"), *[(b"d", b"%d\n" % i) for i in range(5)], (b"c", b""))
+    client.until(READY)
+    client.close()
+    _quiet(gate)
+    (result,) = [result for result in gate.of("result") if "copy" in result]
+    assert (result["tag"], result["messages"], result["bytes"]) == ("COPY 5", 5, 10)
+    assert [event["data"] for event in gate.of("rows")] == ["0\n1\n2\n3\n4\n"]
+
+
+def test_postgres_what_runs_after_bad_copy_data_and_a_sync_is_recorded_so(pg15, make_gate):
+    gate = make_gate(pg15)
+    client = Plain(gate)
+    client.send((b"Q", b"create temp table checked(i int)\0"))
+    client.until(READY)
+    copy = [(b"P", b"\0copy checked from stdin\0\0\0"), (b"B", bytes(8)), (b"E", bytes(5)), (b"H", b"")]
+    client.send(*copy)
+    client.until(b"G\0\0\0")
+    client.send((b"d", b"not a number\n"), (b"S", b""))
+    client.until(READY)
+    client.send((b"Q", b"drop table checked\0"))
+    client.until(READY)
+    client.close()
+    _quiet(gate)
+    assert not [query for query in gate.of("query") if "skipped" in query]
+    assert [(result["id"], result.get("tag")) for result in gate.of("result")][1:] == [
+        (2, None),
+        (3, "DROP TABLE"),
+    ]
+
+
+def test_postgres_more_statements_than_are_remembered(pg15, make_gate, monkeypatch):
+    """psycopg on a libpq before 17, which cannot close them: it drops them by SQL."""
+    monkeypatch.setattr("psycopg._connection_base._HAS_SEND_CLOSE", False)
+    gate = make_gate(pg15)
+    with psycopg.connect(gate.url(), autocommit=True) as connection:
+        connection.prepare_threshold = 0
+        connection.prepared_max = 10
+        for number in range(4200):
+            connection.execute(f"select %s -- {number}", (1,))
+    _quiet(gate)
+    dropped = [query for query in gate.of("query") if query["sql"].startswith("DEALLOCATE _pg3_")]
+    assert len(dropped) == 4190
 
 
 def test_postgres_listen_notify(pg15, make_gate):

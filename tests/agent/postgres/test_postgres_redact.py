@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 
 from pam_agent.protocols.postgres import redact
 from pam_agent.protocols.postgres.redact import (
+    TAIL,
+    CopyRedaction,
     is_sensitive,
     is_suspect,
+    redact_copy,
     redact_message,
     redact_sql,
     redact_value,
@@ -139,6 +142,8 @@ def test_postgres_redact_takes_linear_time():
         redact_sql(sql)
         redact_value(sql)
         redact_message(sql, sensitive=True)
+        redact_copy(sql)
+        redact_copy(sql.replace(" ", "\t\\"))
         assert time.thread_time() - start < 3, part
 
 
@@ -160,3 +165,56 @@ def test_postgres_redact_looks_for_every_word(word):
 @given(st.text(st.sampled_from("0123456789")))
 def test_postgres_redact_leaves_numbers_alone(text):
     assert redact_value(text) == text
+
+
+@pytest.mark.parametrize(
+    ("line", "clean"),
+    [
+        ("1\tpassword=hunter2\tx\n", "1\tpassword=***\tx\n"),
+        (
+            "password is\thunter2\n",
+            "password is\thunter2\n",
+        ),  # as in a row: one field says nothing of another
+        ('1\t{"password": "hunter2"}\n', '1\t{"password": ***}\n'),
+        ('1,"{""password"": ""hunter2""}"\n', '1,"{"password": ***}"\n'),  # CSV
+        ('1,"password=""hunter2 hunter2"""\n', '1,"password=***"\n'),
+        # Where the secret ends depends on what a backslash means.
+        ('1\t{"password": "x\\\\"hunter2"}\t2\n', "1\t***\t2\n"),
+        ('1,"{""password"": ""x\\""hunter2""}"\n', "***\n"),
+        ("1\tpassword=\\thunter2\t2\n", "1\t***\t2\n"),
+        ("1\ta\\tsecret\t2\n", "1\ta\\tsecret\t2\n"),
+        ("\\N\t\\N\n", "\\N\t\\N\n"),
+        ("", ""),
+    ],
+)
+def test_postgres_redact_copy_data(line, clean):
+    assert redact_copy(line) == clean
+    assert CopyRedaction().next(line) == clean
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_postgres_redact_a_secret_across_pieces_of_a_copy(one, two):
+    """What was in the piece before cannot be taken back; the rest of the field is hidden."""
+    whole = "1\thost=h password=" + "Q" * 20 + "\tx\n2\tplain\n"
+    first, second = sorted((one, two))
+    copy = CopyRedaction()
+    parts = [whole[:first], whole[first:second], whole[second:]]
+    told = [copy.next(part) for part in parts]
+    start = whole.index("Q")
+    for part, clean, end in zip(parts, told, (first, second, len(whole)), strict=True):
+        if end - len(part) > start or end > start + 20:
+            assert "Q" not in clean
+    assert "".join(told).endswith("\n2\tplain\n") or second > whole.index("\n2")
+
+
+def test_postgres_redact_of_an_unfinished_field_the_end_is_looked_at_again():
+    for more, hidden in ((TAIL - len("password="), True), (TAIL - len("password=") + 1, False)):
+        copy = CopyRedaction()
+        copy.next("password=" + " " * more)
+        assert (copy.next("hunter2\n") == "***\n") is hidden
+
+
+@given(st.lists(st.text(st.sampled_from("ab\t\n\\\"' ,"))))
+def test_postgres_redact_leaves_harmless_copy_data(pieces):
+    copy = CopyRedaction()
+    assert [copy.next(piece) for piece in pieces] == pieces

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import time
@@ -91,7 +92,7 @@ class Play:
     def __init__(self, rows_bytes=1000):
         self.now = 0.0
         self.pipeline = Pipeline()
-        self._client = ClientSide(self.pipeline, lambda: self.now)
+        self._client = ClientSide(self.pipeline, lambda: self.now, rows_bytes)
         self._target = TargetSide(self.pipeline, rows_bytes, lambda: self.now)
         self._up = Framer(CLIENT_KINDS, frozenset(b"d"), self._client, ClientProtocolError)
         self._down = Framer(TARGET_KINDS, frozenset(b"Dd"), self._target, TargetProtocolError)
@@ -268,6 +269,22 @@ def test_postgres_copy_in_extended_swallows_the_sync(play):
     assert [event["data"] for event in play.of("rows")[:2]] == ["1\n", "2\n"]
 
 
+def copies(events):
+    return [
+        (event["id"], event["messages"], event["bytes"])
+        for event in events
+        if event["kind"] == "result" and "copy" in event
+    ]
+
+
+def data_of(events):
+    return [
+        (event["id"], event.get("early", False), event["data"])
+        for event in events
+        if event["kind"] == "rows" and "data" in event
+    ]
+
+
 def test_postgres_copy_sent_without_waiting(play):
     play.client(
         parse("", "copy t from stdin"), bind("", ""), execute(), message(b"d", b"1\n"), COPY_DONE, SYNC,
@@ -275,6 +292,209 @@ def test_postgres_copy_sent_without_waiting(play):
     )  # fmt: skip
     play.target(PARSED, BOUND, COPY_IN, done("COPY 1"), READY, done("SELECT 1"), READY)
     assert [(e["id"], e["tag"]) for e in play.of("result")] == [(1, "COPY 1"), (2, "SELECT 1")]
+    assert copies(play.events) == [(1, 1, 2)]
+    assert data_of(play.events) == [(1, True, "1\n")]
+    assert play.of("unmatched") == []
+
+
+def test_postgres_copy_data_before_the_answer_is_counted_and_hashed():
+    """Part of it comes before the target has asked for it, part after: one copy, one budget, one digest."""
+    play = Play(rows_bytes=4)
+    parts = [message(b"d", b"%d\n" % number) for number in range(5)]
+    play.client(query("copy t from stdin"), *parts[:3], parts[3][:6])  # the last one not whole
+    play.target(COPY_IN)
+    play.client(parts[3][6:], parts[4], COPY_DONE)
+    play.target(done("COPY 5"), READY)
+    assert data_of(play.events) == [(1, True, "0\n1\n")]
+    (result,) = play.of("result")
+    assert (result["copy"], result["messages"], result["bytes"]) == ("in", 5, 10)
+    assert result["unrecorded_bytes"] == 21
+    assert result["unrecorded_sha256"] == hashlib.sha256(b"".join(parts[2:])).hexdigest()
+
+
+def test_postgres_copies_one_after_the_other_without_waiting(play):
+    one, two = query("copy t from stdin"), query("copy u from stdin")
+    play.client(one, message(b"d", b"1\n"), COPY_DONE, two, message(b"d", b"22\n"), COPY_DONE)
+    play.target(COPY_IN, done("COPY 1"), READY)
+    play.client(query("select 3"))
+    play.target(COPY_IN, done("COPY 1"), READY, done("SELECT 3"), READY)
+    assert data_of(play.events) == [(1, True, "1\n"), (2, True, "22\n")]
+    assert copies(play.events) == [(1, 1, 2), (2, 1, 3)]
+    assert play.of("result")[-1]["id"] == 3
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_postgres_copies_of_one_query(play, waits):
+    """Each end of a copy ends one, and what is sent behind the last is not taken for more of its data."""
+    parts = [message(b"d", b"1\n"), COPY_DONE, message(b"d", b"22\n"), COPY_DONE]
+    play.client(query("copy t from stdin; copy u from stdin"), *([] if waits else [*parts, SYNC, query("x")]))
+    play.target(COPY_IN)
+    play.client(*(parts[:2] if waits else []))
+    play.target(done("COPY 1"), COPY_IN)
+    play.client(*([*parts[2:], SYNC, query("x")] if waits else []))
+    play.target(done("COPY 1"), READY, READY, error(), READY)
+    assert [event["id"] for event in play.of("result")] == [1, 1, 2]
+    assert sum(size for _, _, size in copies(play.events)) == 5
+    assert play.of("unmatched") == []
+
+
+def test_postgres_copy_data_that_the_target_ignored_is_not_said_to_be_copied(play):
+    data = message(b"d", b"1\n")
+    play.client(query("copy nothing from stdin"), data, COPY_DONE)
+    play.target(error(), READY)
+    play.client(data)  # nobody asked for anything
+    play.client(query("select 1"), data, COPY_DONE)
+    play.target(done("SELECT 1"), READY)
+    play.client(parse("", "wrong"), bind("", ""), execute(), data, COPY_DONE, SYNC, query("select 2"))
+    play.target(error(), READY, done("SELECT 2"), READY)
+    assert data_of(play.events) == [(1, True, "1\n"), (2, True, "1\n"), (3, True, "1\n")]
+    assert copies(play.events) == []
+    assert [event["id"] for event in play.of("result")] == [1, 2, None, 4]
+
+
+def test_postgres_what_a_replica_says_is_no_copy_into_the_target(play):
+    play.client(query("start_replication 0/0"))
+    play.target(message(b"W", b"\0\0\0"), message(b"d", b"wal"))
+    assert play.client(message(b"d", b"status")) == []
+
+
+def test_postgres_a_sync_with_bad_copy_data_ends_the_skipping(play):
+    """The server fails at the data and takes the Sync behind it, which it would ignore in a good copy."""
+    play.client(parse("", "copy t from stdin"), bind("", ""), execute(), FLUSH)
+    play.target(PARSED, BOUND, COPY_IN)
+    play.client(message(b"d", b"not a number\n"), SYNC)
+    play.target(error("22P02"), READY)
+    (event,) = play.client(query("delete from payroll"))
+    assert "skipped" not in event
+    play.target(done("DELETE 50"), READY)
+    play.client(parse("", "delete from payroll"), bind("", ""), execute(), FLUSH)
+    assert play.of("query")[-1]["sql"] == "delete from payroll"
+    play.target(PARSED, BOUND, error())
+    (event,) = play.client(query("select 1"))
+    assert event["skipped"]
+    play.client(SYNC)
+    play.target(READY)
+    assert "skipped" not in play.client(query("select 2"))[0]
+    assert [event["id"] for event in play.of("result")] == [1, 2, 3]
+    assert play.of("unmatched") == []
+
+
+def test_postgres_a_ready_for_query_ends_skipping(play):
+    """Whatever the target says it for: it takes the next message."""
+    play.client(parse("", "bad"), FLUSH)
+    play.target(error(), READY)
+    assert "skipped" not in play.client(query("delete from payroll"))[0]
+
+
+def test_postgres_where_a_server_may_skip_or_not_that_is_said(play):
+    """Of two Syncs among bad copy data nobody but the server knows whether it took one: no message is
+    recorded as skipped that may run, and results are said to be uncertain."""
+    play.client(parse("", "copy t from stdin"), bind("", ""), execute(), FLUSH)
+    play.target(PARSED, BOUND, COPY_IN)
+    play.client(message(b"d", b"1\n"), SYNC, message(b"d", b"bad\n"))
+    play.target(error("22P02"))
+    assert "skipped" not in play.client(query("delete from payroll"))[0]
+    play.client(SYNC)
+    play.target(READY)
+    assert len(play.of("unmatched")) == 1
+    # All at once.
+    again = Play()
+    again.client(parse("", "copy t from stdin"), bind("", ""), execute(), SYNC, query("select 1"), SYNC)
+    again.target(PARSED, BOUND, COPY_IN, error(), READY)
+    assert len(again.of("unmatched")) == 1
+
+
+class Server:
+    """What a server answers; its copies fail at the data ``bad``. Like PostgreSQL's, see CopyGetData and
+    ignore_till_sync: in a copy a Sync is read and ignored, after an error it ends the skipping."""
+
+    def __init__(self, extended):
+        self._extended = extended
+        self._copying = self._skipping = False
+        self._asked = b""
+
+    def answer(self, data):
+        kind = data[:1]
+        if self._copying and kind in b"dSHcf":
+            return self._copy(kind, data)
+        if self._skipping and kind != b"S":
+            return b""
+        if kind == b"S":
+            self._skipping = False
+            return READY
+        if kind in b"PB":
+            self._asked = data if kind == b"P" else self._asked
+            return PARSED if kind == b"P" else BOUND
+        asked = data if kind == b"Q" else self._asked
+        if kind not in b"QE":
+            return b""  # copy data that nobody asked for
+        ready = READY if kind == b"Q" else b""
+        if b"copy" in asked:
+            self._copying = True
+            return COPY_IN
+        if b"wrong" in asked:
+            self._skipping = kind == b"E"
+            return error() + ready
+        return done("SELECT " + asked.split(b"number ")[1][:1].decode()) + ready
+
+    def _copy(self, kind, data):
+        if kind not in b"cf" and not data.endswith(b"bad"):
+            return b""
+        self._copying = False
+        self._skipping = self._extended and kind != b"c"
+        answer = done("COPY 0") if kind == b"c" else error("22P02")
+        return answer if self._extended else answer + READY
+
+
+@settings(max_examples=300)
+@given(
+    st.booleans(),
+    st.lists(st.sampled_from([SYNC, message(b"d", b"good"), message(b"d", b"bad")]), max_size=6),
+    st.sampled_from([COPY_DONE, COPY_FAIL]),
+    st.lists(st.booleans(), min_size=3, max_size=3),
+    st.lists(st.booleans(), min_size=25, max_size=25),
+)
+def test_postgres_a_copy_leaves_the_answers_behind_it_matched(extended, middle, end, wrong, waits):
+    """However many Syncs lie among the data, and wherever the copy fails."""
+    play, server = Play(), Server(extended)
+
+    def asks(sql):
+        return [parse("", sql), bind("", ""), execute()] if extended else [query(sql)]
+
+    script = [*asks("copy t from stdin"), *middle, end, *([SYNC] if extended else [])]
+    for number, bad in enumerate(wrong, start=2):
+        script += [*asks(f"{'wrong' if bad else 'select'} number {number}"), *([SYNC] if extended else [])]
+    answers = b""
+    for data, wait in zip(script, [*waits, *[False] * len(script)], strict=False):
+        play.client(data)
+        answers += server.answer(data)
+        if wait:
+            play.target(answers)
+            answers = b""
+    play.target(answers)
+    assert len(play.of("query")) == 4
+    assert not [event for event in play.of("query") if event.get("skipped")]
+    assert [event["id"] for event in play.of("result")] == [1, 2, 3, 4]
+    for event in play.of("result")[1:]:
+        assert event.get("tag", f"SELECT {event['id']}") == f"SELECT {event['id']}"
+    assert play.of("unmatched") == play.of("correction") == []
+
+
+def test_postgres_syncs_among_copy_data_cost_little():
+    """Neither a client with many of them nor a target that says again and again that a copy begins."""
+    play = Play()
+    start = time.thread_time()
+    play.client(query("copy t from stdin"), *[SYNC + message(b"d", b"x")] * 30_000)
+    play.target(COPY_IN)
+    with pytest.raises(TargetProtocolError, match="a copy begins within a copy"):
+        play.target(COPY_IN)
+    play.client(COPY_DONE)
+    play.target(*[error(), COPY_IN] * 3_000, done("COPY 1"), READY)
+    assert time.thread_time() - start < 5  # 0.3 s; walking through all Syncs each time took 5 s
+    play.client(query("select 2"))
+    play.target(done("SELECT 2"), READY)
+    assert copies(play.events)[0] == (1, 30_000, 30_000)
+    assert play.of("result")[-1]["id"] == 2
 
 
 @pytest.mark.parametrize("end", [COPY_DONE, COPY_FAIL])
@@ -359,6 +579,51 @@ def test_postgres_parameters_of_sensitive_statements_are_hidden(play):
     assert "hunter2" not in repr(events)
 
 
+@pytest.mark.parametrize("oid", [0, 17, 18, 19, 25, 114, 142, 705, 1042, 1043, 3802, 1009, 16500])
+def test_postgres_binary_parameters_of_sensitive_statements_are_hidden(play, oid):
+    """Of every type that may hold a text: char(n), name, json, citext, domains and types of one's own."""
+    play.client(parse("s", "update users set password = $1"), describe("S", "s"), SYNC)
+    play.target(PARSED, message(b"t", u16(1) + u32(oid)), NO_DATA, READY)
+    (event,) = play.client(bind("", "s", b"hunter2", formats=(1,)), execute(), SYNC)
+    assert event["params"] == ["***"]
+
+
+@pytest.mark.parametrize(
+    ("oid", "value", "text"),
+    [
+        (16, b"\1", "t"),
+        (20, bytes(7) + b"\5", "5"),
+        (1082, bytes(4), "2000-01-01"),
+        (1184, bytes(8), "2000-01-01 00:00:00+00"),
+        (2950, bytes(16), "00000000-0000-0000-0000-000000000000"),
+    ],
+)
+def test_postgres_numbers_and_times_of_sensitive_statements_are_shown(play, oid, value, text):
+    sql = "update users set password = 'x' where y = $1"
+    events = play.client(parse("", sql, oid), bind("", "", value, formats=(1,)), execute(), SYNC)
+    assert events[0]["params"] == [text]
+
+
+@pytest.mark.parametrize("way", ["in", "early", "out"])
+def test_postgres_copy_data_is_redacted_like_rows(play, way):
+    secret = (
+        b"SCRAM-SHA-256$4096:c2FsdA==$abc:hunter2\tmd5" + b"0" * 32 + b"\t1\thost=h password=hunter2 user=u\n"
+        b"postgres://u:hunter2@h/d\tplain\n"
+    )
+    clean = "***\t***\t1\thost=h password=*** user=u\npostgres://u:***@h/d\tplain\n"
+    data = message(b"d", secret)
+    if way == "out":
+        play.client(query("copy t to stdout"))
+        play.target(COPY_OUT, data, COPY_DONE, done("COPY 2"), READY)
+    elif way == "in":
+        play.client(query("copy t from stdin"))
+        play.target(COPY_IN)
+        play.client(data, COPY_DONE)
+    else:
+        play.client(query("copy t from stdin"), data, COPY_DONE)
+    assert play.of("rows")[0]["data"] == clean
+
+
 def test_postgres_long_statements_are_told_once(play):
     sql = "select " + "1, " * 2000 + "1"
     first = play.client(parse("s", sql), bind("", "s"), execute(), SYNC)
@@ -380,10 +645,70 @@ def test_postgres_worst_case_texts_fit_into_events():
 
 
 def test_postgres_too_many_names(play):
+    """Which names SQL dropped is not known: the oldest are forgotten, and nothing wrong is said of them."""
     for number in range(pipelines.NAMES_LIMIT):
-        play.client(parse(f"s{number}", "select 1"))
-    with pytest.raises(ClientProtocolError, match="too many prepared statements"):
-        play.client(parse("one more", "select 1"))
+        play.client(parse(f"s{number}", f"select {number}"), SYNC)
+        play.target(PARSED, READY)
+    play.client(bind("", "s7"), execute(), SYNC)
+    assert play.of("query")[-1] == {
+        **{"kind": "query", "id": 1, "mode": "extended", "sql": "select 7"},
+        **{"statement": 8, "name": "s7"},
+    }
+    play.target(BOUND, done("SELECT 1"), READY)
+    play.client(parse("", "select $1"), parse("one more", "select 1"), bind("", "", b"x"), execute(), SYNC)
+    assert play.of("query")[-1]["sql"] == "select $1"
+    play.target(PARSED, PARSED, BOUND, done("SELECT 1"), READY)
+    play.client(bind("", "s0"), execute(), bind("", "s7"), execute(), SYNC)
+    play.target(BOUND, done("SELECT 0"), BOUND, done("SELECT 7"), READY)
+    forgotten, known = play.of("query")[-2:]
+    assert (forgotten["sql"], forgotten["name"]) == (None, "s0")
+    assert (known["sql"], known["uncertain"]) == ("select 7", True)
+    assert play.of("correction") == []
+    assert len(play.pipeline.statements) == len(play.pipeline._confirmed) == pipelines.NAMES_LIMIT
+
+
+def test_postgres_of_a_forgotten_sensitive_statement_the_values_stay_hidden(play, monkeypatch):
+    monkeypatch.setattr(pipelines, "NAMES_LIMIT", 1)
+    play.client(parse("s", "update users set password = $1", 25), parse("t", "select 1"), SYNC)
+    play.target(PARSED, PARSED, READY)
+    play.client(bind("", "s", b"hunter2"), execute(), SYNC)
+    assert play.of("query")[-1]["params"] == ["***"]
+    play.target(BOUND, error("22000", 'bad value "hunter2"'), READY)
+    assert "hunter2" not in repr(play.events)
+
+
+def test_postgres_too_many_portals(play):
+    for number in range(pipelines.NAMES_LIMIT):
+        play.client(bind(f"p{number}", ""))
+    with pytest.raises(ClientProtocolError, match="too many open portals"):
+        play.client(bind("one more", ""))
+
+
+def test_postgres_names_that_sql_drops_do_not_end_the_connection(play):
+    """psycopg on a libpq without Close: ``DEALLOCATE _pg3_7`` for each statement that it has used enough."""
+    for number in range(pipelines.NAMES_LIMIT + 100):
+        play.client(parse(f"_pg3_{number}", "select 1"), bind("", f"_pg3_{number}"), execute(), SYNC)
+        play.target(PARSED, BOUND, done("SELECT 1"), READY)
+        play.client(query(f"DEALLOCATE _pg3_{number}"))
+        play.target(done("DEALLOCATE"), READY)
+    assert {event["sql"][:6] for event in play.of("query")} == {"select", "DEALLO"}
+    assert play.of("correction") == []
+
+
+@pytest.mark.parametrize("tag", ["DEALLOCATE ALL", "DISCARD ALL"])
+def test_postgres_all_names_are_forgotten_with_their_answer(play, tag):
+    """But not those that the client has parsed since, without waiting for it."""
+    for name in "abc":
+        play.client(parse(name, f"select '{name}'"), SYNC)
+        play.target(PARSED, READY)
+    play.client(query(tag), parse("b", "select 'new b'"), parse("d", "select 'd'"), SYNC)
+    play.target(done(tag), READY, PARSED, PARSED, READY)
+    for name, sql in (("a", None), ("b", "select 'new b'"), ("c", None), ("d", "select 'd'")):
+        play.client(bind("", name), execute(), SYNC)
+        assert play.of("query")[-1]["sql"] == sql
+        play.target(error() if sql is None else BOUND + done("SELECT 1"), READY)
+    assert sorted(play.pipeline.statements) == ["b", "d"]
+    assert play.of("correction") == []
 
 
 @pytest.mark.parametrize(
@@ -418,6 +743,7 @@ TARGET = st.one_of(
     st.sampled_from([PARSED, BOUND, CLOSED, NO_DATA, SUSPENDED, READY, IN_TRANSACTION]),
     st.sampled_from([COPY_IN, COPY_OUT, COPY_DONE, message(b"W", b"\0\0\0"), message(b"d", b"y")]),
     st.sampled_from([row(b"1"), columns(("a", 23)), done("SELECT 1"), done("DISCARD ALL"), error()]),
+    st.sampled_from([done("COPY 1"), done("DEALLOCATE")]),
     st.sampled_from([message(b"I"), message(b"V", u32(0)), message(b"t", u16(1) + u32(23))]),
 )
 

@@ -170,7 +170,7 @@ class CopyRedaction:
         end = separator.start() if separator is not None else len(text)
         before = self._tail + text[:end]
         if self._hiding or (self._tail and _copy_field(before) != before):
-            clean = MASK + redact_copy(text[end:])
+            clean = (MASK if end else "") + redact_copy(text[end:])
         else:
             clean = redact_copy(text)
         if separator is None:

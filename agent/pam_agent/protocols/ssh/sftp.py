@@ -25,8 +25,8 @@ from pam_agent.protocols.ssh.codec import Reader
 
 #: OpenSSH's own limit of a message is 256 KiB; its longest has that much data and a header.
 MAX_MESSAGE: Final = (256 << 10) + 1024
-#: Messages under way: sftp has 64 by default, more with -R; paramiko asks for all of a file at once, by pieces
-#: of 32 KiB, and this is a GiB of them. Each costs some 250 bytes.
+#: Messages under way: sftp has 64 by default, more with -R; paramiko asks for all of a file at once, 32 KiB
+#: each time, and this is a GiB of them. Each costs some 250 bytes.
 MAX_ASKED: Final = 32768
 #: Files and folders open at once: OpenSSH's server has at most 100.
 MAX_FILES: Final = 1024
