@@ -20,16 +20,18 @@ from pam_common.cli import run
 
 _EXIT_CODES = """\b
 Exit codes:
-  0 done, 1 refused or failed, 2 wrong usage, 69 platform or relays unreachable,
-  78 wrong configuration, 130 interrupted.
-  connect: 3 when the session was ended from the other side; with a COMMAND its own
-  code, 126 or 127 when it cannot be run. replay: 4 when it is not verified.
+  0 done, 1 refused or failed, 2 wrong usage,
+  69 platform or relays unreachable, 78 wrong configuration, 130 interrupted.
+  connect: 3 when the session was ended from the other side; with a COMMAND
+  its own code, 126 or 127 when it cannot be run.
+  replay: 4 when it is not verified.
 
 \b
 Environment:
   PAM_PLATFORM            the platform's address
   PAM_CLIENT_HOME         where configuration and state are kept
-  PAM_CLIENT_ID, PAM_CLIENT_SECRET_FILE   credentials of a program, instead of a login"""
+  PAM_CLIENT_ID           a program's name: it needs no login, but
+  PAM_CLIENT_SECRET_FILE  a file with its secret"""
 
 
 @click.group(

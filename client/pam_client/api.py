@@ -73,7 +73,16 @@ class Api:
         return self._call("POST", "/connect", json=body)
 
     def sessions(self, *, mine: bool, active: bool, limit: int) -> list[dict[str, Any]]:
-        """The newest sessions the caller may see, at most ``limit``."""
+        """The newest sessions the caller may see, at most ``limit``. ``active`` are also those that wait for
+        their first connection: they count towards the limit of open sessions."""
+        if not active:
+            return self._sessions(mine, "", limit)
+        # In this order: what is opened meanwhile is in both answers, and not in neither.
+        answers = [self._sessions(mine, state, limit) for state in ("granted", "active")]
+        found = {str(entry.get("id")): entry for answer in answers for entry in answer}
+        return sorted(found.values(), key=_started, reverse=True)[:limit]
+
+    def _sessions(self, mine: bool, state: str, limit: int) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         before = ""
         while len(found) < limit:
@@ -81,7 +90,7 @@ class Api:
             query = {
                 "mine": str(int(mine)),
                 "limit": str(wanted),
-                "state": "active" * active,
+                "state": state,
                 "before": before,
             }
             page = _objects(
@@ -186,6 +195,11 @@ def names_of(resources: list[dict[str, Any]]) -> Iterator[str]:
             yield str(resource.get("name", ""))
         for account in accounts:
             yield f"{resource.get('name', '')}/{account.get('name', '')}"
+
+
+def _started(entry: dict[str, Any]) -> int:
+    value = entry.get("started")
+    return value if isinstance(value, int) else 0
 
 
 def _objects(answer: dict[str, Any], key: str) -> list[dict[str, Any]]:

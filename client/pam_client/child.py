@@ -27,10 +27,14 @@ class CommandNotExecutableError(PamError):
 
 def find(command: Sequence[str]) -> list[str]:
     """``command`` with its program's full path; asked before a session is opened for nothing."""
-    program = shutil.which(command[0])
-    if program is None:
-        raise CommandNotFoundError(f"command not found: {command[0]}")
-    return [program, *command[1:]]
+    name = command[0]
+    program = shutil.which(name)
+    if program is not None:
+        return [program, *command[1:]]
+    # A shell tells the two apart: a file, or a folder named with its path, is there and is no program.
+    if shutil.which(name, mode=os.F_OK) or ("/" in name and os.access(name, os.F_OK)):
+        raise CommandNotExecutableError(f"cannot run {name}: permission denied")
+    raise CommandNotFoundError(f"command not found: {name}")
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> int:

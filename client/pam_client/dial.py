@@ -178,8 +178,11 @@ class Dialer:
             return UnavailableError("the platform names no relay", hint="ask your administrator.")
         if len({str(error) for error in problems.values()}) == 1:
             return next(iter(problems.values()))
-        text = "; ".join(f"relay {name}: {error}" for name, error in problems.items())
+        # Some name their relay themselves.
+        words = {name: str(error).removeprefix(f"relay {name} ") for name, error in problems.items()}
+        text = "; ".join(f"relay {name}: {said}" for name, said in words.items())
         for kind in (AuthenticationError, RefusedError):
             if all(isinstance(error, kind) for error in problems.values()):
                 return kind(text)
-        return UnavailableError(f"no relay leads to the gateway: {text}")
+        hint = next((error.hint for error in problems.values() if error.hint), "")
+        return UnavailableError(f"no relay leads to the gateway: {text}", hint=hint)

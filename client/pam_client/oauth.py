@@ -20,6 +20,7 @@ import requests
 from pam_client.output import clean
 from pam_client.store import Tokens
 from pam_common.errors import AuthenticationError, PamError, ProtocolError, RefusedError, UnavailableError
+from pam_common.platform_client import reason_of  # the same words for the same trouble
 
 #: The public client that the platform registers for this program; the secret of a person is their login.
 CLIENT_ID = "pam-client"
@@ -142,13 +143,15 @@ class Authority:
             ) as response:
                 body = response.raw.read(_MAX_ANSWER + 1, decode_content=True)
                 return _answer(response.status_code, body)
-        except requests.exceptions.SSLError:
+        except requests.exceptions.SSLError as error:
             raise UnavailableError(
-                f"the TLS certificate of {self.platform} is not accepted",
+                f"the TLS certificate of {self.platform} is not accepted: {reason_of(error)}",
                 hint="is platform_ca set to the CA that signed it, and is the name right?",
             ) from None
-        except (requests.RequestException, OSError):
-            raise UnavailableError(f"the platform at {self.platform} does not answer") from None
+        except (requests.RequestException, OSError) as error:
+            raise UnavailableError(
+                f"the platform at {self.platform} does not answer: {reason_of(error)}"
+            ) from None
 
 
 def _answer(status: int, body: bytes) -> dict[str, Any]:

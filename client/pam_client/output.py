@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import Any
 
 import click
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -61,20 +62,48 @@ def show_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=True))
 
 
-def show_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, empty: str) -> None:
-    """A table on stdout; ``empty`` is said (on stderr) when there are no rows."""
+def show_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    empty: str,
+    first_to_go: Sequence[str] = (),
+) -> None:
+    """A table on stdout; ``empty`` is said (on stderr) when there are no rows.
+
+    Where a terminal is too narrow, the columns ``first_to_go`` are left out, in that order.
+    """
     cells = [[clean(cell) for cell in row] for row in rows]
     if not cells:
         say(empty)
     elif sys.stdout.isatty():
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in columns:
-            table.add_column(column, overflow="fold")
-        for row in cells:
-            table.add_row(*(Text(cell) for cell in row))
-        Console().print(table)
+        _show_table(columns, cells, first_to_go)
     else:
         _show_plain(columns, cells)
+
+
+#: Between two columns.
+_GAP = 2
+#: A text in less than this is no longer readable.
+_FOLDED = 20
+
+
+def _show_table(columns: Sequence[str], cells: list[list[str]], first_to_go: Sequence[str]) -> None:
+    console = Console()
+    widths = [max(cell_len(line[index]) for line in (columns, *cells)) for index in range(len(columns))]
+    for name in first_to_go:  # folded rather than left out
+        widths[columns.index(name)] = min(widths[columns.index(name)], _FOLDED)
+    kept = list(range(len(columns)))
+    for name in first_to_go:
+        if sum(widths[index] + _GAP for index in kept) - _GAP > console.width:
+            kept.remove(columns.index(name))
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index in kept:
+        # The first is what a person copies into the next command: whole, however narrow the others get.
+        table.add_column(columns[index], overflow="fold", no_wrap=index == 0)
+    for row in cells:
+        table.add_row(*(Text(row[index]) for index in kept))
+    console.print(table)
 
 
 def _show_plain(columns: Sequence[str], cells: list[list[str]]) -> None:

@@ -15,6 +15,7 @@ from pam_common.errors import PamError
 POLL = 20.0
 #: After a connection was lost the platform may hear of it later than we do.
 SETTLE = 1.0
+_OVER = "the session's time is over"
 
 
 class Watch:
@@ -42,6 +43,14 @@ class Watch:
         """Something failed: ask the platform soon whether the session goes on."""
         self._look.set()
 
+    def settle(self) -> None:
+        """A connection was lost: whether that was the session's end, as far as it can be known by now."""
+        if self.left() <= 0:
+            self._end(_OVER)
+        # Asked twice: the agent's word of the end may reach the platform after ours.
+        elif not self._check() and not self.ended.wait(SETTLE):
+            self._check()
+
     def stop(self) -> None:
         """End watching; ``reason`` stays what it is."""
         self.ended.set()
@@ -52,13 +61,11 @@ class Watch:
             hurried = self._look.wait(max(0.0, min(POLL, self.left())))
             if self.ended.is_set():
                 return
-            if self.left() <= 0:
-                self._end("the session's time is over")
-            elif hurried:
+            if hurried:
                 self._look.clear()
-                # Asked twice: the agent's word of the end may reach the platform after ours.
-                if not self._check() and not self.ended.wait(SETTLE):
-                    self._check()
+                self.settle()
+            elif self.left() <= 0:
+                self._end(_OVER)
             else:
                 self._check()
 

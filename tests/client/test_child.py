@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -111,13 +112,29 @@ def test_dispositions_are_restored() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_what_cannot_be_run(tmp_path: object) -> None:
+def test_what_cannot_be_run() -> None:
     with pytest.raises(CommandNotFoundError) as caught:
         child.find(["no-such-program"])
     assert caught.value.exit_code == 127
     with pytest.raises(CommandNotExecutableError) as refused:
         child.run(["/"], {})
     assert refused.value.exit_code == 126
+
+
+def test_what_is_there_and_is_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell says it, and before a session is opened for it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "notes").touch(0o600)
+    for name in ("/etc/passwd", "/", str(tmp_path / "notes"), "notes"):
+        with pytest.raises(CommandNotExecutableError, match="permission denied") as refused:
+            child.find([name])
+        assert refused.value.exit_code == 126
+    for name in (str(tmp_path / "none"), "none", ""):
+        with pytest.raises(CommandNotFoundError):
+            child.find([name])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CommandNotFoundError):
+        child.find(["folder"])
 
 
 class TestLaunch:

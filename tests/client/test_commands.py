@@ -11,6 +11,7 @@ import click
 import pytest
 
 from pam_client.__main__ import cli
+from pam_client.commands import examples
 from pam_client.home import Home
 from pam_common.errors import ConfigError, PamError
 
@@ -76,12 +77,55 @@ def test_sessions(call: Any, home: Home, platform: Any) -> None:
     assert SESSION in call("sessions").stdout
     assert SESSION in call("sessions", "--all", "--active").stdout
     paths = [path for _, path, *_ in platform.requests if path.startswith("/api/v1/sessions")]
-    assert paths == ["/api/v1/sessions?mine=1&limit=50", "/api/v1/sessions?mine=0&limit=50&state=active"]
+    assert paths == [
+        "/api/v1/sessions?mine=1&limit=50",
+        "/api/v1/sessions?mine=0&limit=50&state=granted",
+        "/api/v1/sessions?mine=0&limit=50&state=active",
+    ]
     assert json.loads(call("sessions", "ls", "--json").stdout) == [entry]
     platform.answers["GET", f"/api/v1/sessions/{SESSION}"] = (200, entry)
     shown = call("sessions", "show", SESSION).stdout
     assert f"id:      {SESSION}" in shown
     assert "ended" not in shown
+
+
+def test_active_sessions_are_those_that_count(call: Any, home: Home, platform: Any) -> None:
+    """Also those that wait for their first connection: they count towards the limit of open sessions."""
+    granted = [{"id": "s-new", "state": "granted", "started": 30}, {"id": "s-used", "started": 10}]
+    # Opened between the two questions, so it is in both answers.
+    active = [{"id": "s-run", "state": "active", "started": 20}, {"id": "s-used", "started": 10}]
+    answers: Iterator[Any] = iter([granted, active] * 2)
+    platform.answers["GET", "/api/v1/sessions"] = lambda _form: (200, {"sessions": next(answers)})
+    found = json.loads(call("sessions", "ls", "--active", "--json").stdout)
+    assert [entry["id"] for entry in found] == ["s-new", "s-run", "s-used"]
+    assert len(json.loads(call("sessions", "ls", "--active", "--limit", "2", "--json").stdout)) == 2
+
+
+def completed(run: Any, *words: str) -> list[str]:
+    """What a Tab after these words offers."""
+    asked = {"_PAM_CLIENT_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(("pam-client", *words))}
+    done = run(**asked, COMP_CWORD=str(len(words)))
+    return [line.partition(",")[2] for line in done.stdout.splitlines() if line]
+
+
+def test_completion_of_subcommands(run: Any, home: Home) -> None:
+    assert completed(run, "sessions", "") == ["kill", "ls", "show"]
+    assert completed(run, "sessions", "k") == ["kill"]
+    assert "--active" in completed(run, "sessions", "--all", "--")
+
+
+@pytest.mark.parametrize("words", [("replay",), ("sessions", "show"), ("sessions", "kill")], ids=" ".join)
+def test_completion_of_sessions_needs_no_network(
+    run: Any, call: Any, home: Home, platform: Any, words: tuple[str, ...]
+) -> None:
+    other = "s-" + "b" * 26
+    found = [{"id": SESSION, "account": "a/b"}, {"id": other, "account": "a/c"}, {"id": None}]
+    platform.answers["GET", "/api/v1/sessions"] = (200, {"sessions": found})
+    assert completed(run, *words, "s-") == []
+    call("sessions")
+    platform.close()
+    assert completed(run, *words, "s-") == [SESSION, other]
+    assert completed(run, *words, "s-b") == [other]
 
 
 def test_sessions_follows_pages(call: Any, home: Home, platform: Any) -> None:
@@ -99,9 +143,38 @@ def test_kill(call: Any, home: Home, platform: Any) -> None:
     platform.answers["POST", f"/api/v1/sessions/{SESSION}/kill"] = (200, {})
     assert call("sessions", "kill", SESSION, "--reason", "left the desk").returncode == 0
     assert platform.last("POST", f"/api/v1/sessions/{SESSION}/kill")[0] == {"reason": "left the desk"}
-    done = call("sessions", "kill", "../me")
-    assert done.returncode == 1  # a path is not walked: ids are quoted
-    assert platform.count("POST", "/api/v1/sessions/..%2Fme/kill") == 1
+
+
+@pytest.mark.parametrize("words", [("replay",), ("sessions", "show"), ("sessions", "kill")])
+@pytest.mark.parametrize("name", ["nope", SESSION[:-1], SESSION.upper(), "../me", SESSION + "\n", ""])
+def test_what_is_no_session_is_not_asked_for(
+    call: Any, home: Home, platform: Any, words: tuple[str, ...], name: str
+) -> None:
+    done = call(*words, name)
+    assert (done.returncode, done.stdout) == (2, "")
+    shown = name.replace("\n", "\\n")
+    assert done.stderr == f'error: "{shown}" is not a session\nHINT: pam-client sessions ls lists them\n'
+    assert not platform.requests
+
+
+@pytest.mark.parametrize("command", ["connect", "ssh-proxy"])
+@pytest.mark.parametrize("name", ["Demo-DB/readonly", "demo-db/readonly/x", "demo-db/", "/x", "a b", ""])
+def test_what_is_no_account_is_not_asked_for(
+    call: Any, home: Home, platform: Any, command: str, name: str
+) -> None:
+    done = call(command, name)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f'error: "{name}" is not an account\n'
+        "HINT: pam-client ls shows yours; names are lower case, RESOURCE/ACCOUNT\n"
+    )
+    assert not platform.requests
+
+
+def test_a_name_that_is_none_cannot_act_on_the_terminal(call: Any, home: Home) -> None:
+    said = call("connect", "\x1b[2J" + "x" * 500).stderr
+    assert said.startswith('error: "\\x1b[2Jxxx')
+    assert len(said.splitlines()[0]) < 150
 
 
 EVENTS = [{"t": 0.5, "c": 1, "kind": "query", "sql": "select '\x1b[2J'"}, {"t": 0.6, "c": 1, "kind": "end"}]
@@ -141,6 +214,100 @@ def test_replay_of_what_is_not_verified(call: Any, home: Home, recorded: Any, an
     assert "NOT VERIFIED" in done.stdout
     assert "query" in done.stdout
     assert call("replay", SESSION, "--no-verify").returncode == 0
+
+
+NOTHING = "nothing was recorded in this session so far"
+
+
+def test_replay_of_a_session_in_which_nothing_was_recorded(
+    call: Any, home: Home, recorded: Any, tmp_path: Path
+) -> None:
+    recorded.answers["GET", f"/api/v1/sessions/{SESSION}"] = (200, {"id": SESSION, "protocol": "http"})
+    recorded.answers["GET", f"/api/v1/sessions/{SESSION}/events"] = (200, b"")
+    recorded.answers["GET", f"/api/v1/sessions/{SESSION}/verify"] = (200, {"ok": True, "parts": []})
+    done = call("replay", SESSION)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{NOTHING}\n", "")
+    done = call("replay", SESSION, "--json")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", f"{NOTHING}\n")
+    file = tmp_path / "file"
+    for form in ("ndjson", "har"):
+        done = call("replay", SESSION, "--export", form, "-o", str(file))
+        assert done.returncode == 1
+        assert f"error: there is nothing to write: {file} was not made" in done.stderr
+        assert NOTHING in done.stdout
+    assert "VERIFIED" not in done.stdout
+    assert not [path for path in tmp_path.iterdir() if "file" in path.name]
+
+
+@pytest.mark.parametrize(
+    ("lines", "report"),
+    [
+        (b"", {"ok": False, "parts": []}),  # a platform that does not tell "none" from "lost"
+        (b"", {"ok": False, "parts": [{"part": 1, "ok": False, "problems": ["the recording is lost"]}]}),
+        (b"", {"ok": True, "parts": {}}),
+        (b"", {"ok": True}),
+        (b'{"kind": "query"}', {"ok": True, "parts": []}),  # of which part?
+    ],
+)
+def test_replay_of_a_recording_that_is_lost(
+    call: Any, home: Home, recorded: Any, tmp_path: Path, lines: bytes, report: Any
+) -> None:
+    recorded.answers["GET", f"/api/v1/sessions/{SESSION}"] = (200, {"id": SESSION})
+    recorded.answers["GET", f"/api/v1/sessions/{SESSION}/events"] = (200, lines)
+    recorded.answers["GET", f"/api/v1/sessions/{SESSION}/verify"] = (200, report)
+    for words in ([], ["--export", "ndjson", "-o", str(tmp_path / "file")]):
+        done = call("replay", SESSION, *words)
+        assert done.returncode == 4
+        assert "THE RECORDING IS NOT VERIFIED" in done.stdout
+        assert NOTHING not in done.stdout
+
+
+PROBLEM = {
+    "part": 1,
+    "kind": "problem",
+    "problem": "the recording is not \x1b sealed to it",
+    "hint": "a key.",
+}
+
+
+@pytest.mark.parametrize("words", [(), ("--json",), ("--lines",)], ids=str)
+def test_replay_of_what_cannot_be_read(call: Any, home: Home, recorded: Any, words: tuple[str, ...]) -> None:
+    lines = "".join(json.dumps(event) + "\n" for event in (PROBLEM, *EVENTS, PROBLEM | {"part": 2}))
+    recorded.answers["GET", f"/api/v1/sessions/{SESSION}/events"] = (200, lines.encode())
+    done = call("replay", SESSION, *words)
+    assert done.returncode == 1
+    assert "the recording is verified" in done.stdout + done.stderr
+    assert "error: part 1: the recording is not \\x1b sealed to it\nHINT: a key.\n" in done.stderr
+    assert "error: part 2: the recording is not" in done.stderr
+    assert "query" in done.stdout
+    recorded.answers["GET", f"/api/v1/sessions/{SESSION}/verify"] = (200, {"ok": False})
+    assert call("replay", SESSION, *words).returncode == 4, "an altered recording is told from an unread one"
+
+
+@pytest.mark.parametrize("form", ["har", "ndjson", "asciicast"])
+def test_an_export_of_what_cannot_be_read(
+    call: Any, home: Home, recorded: Any, tmp_path: Path, form: str
+) -> None:
+    recorded.answers["GET", f"/api/v1/sessions/{SESSION}"] = (200, {"id": SESSION, "protocol": "http"})
+    recorded.answers["GET", f"/api/v1/sessions/{SESSION}/events"] = (200, json.dumps(PROBLEM).encode())
+    file = tmp_path / "file"
+    done = call("replay", SESSION, "--export", form, "-o", str(file))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: part 1: the recording is not \\x1b sealed to it\nHINT: a key.\n")
+    assert done.stderr.count("error: ") == 2  # and that there is no file
+    assert not [path for path in tmp_path.iterdir() if "file" in path.name]
+
+
+def test_an_export_of_what_can_be_read_in_part(call: Any, home: Home, recorded: Any, tmp_path: Path) -> None:
+    lines = "".join(json.dumps(event) + "\n" for event in (*EVENTS, PROBLEM))
+    recorded.answers["GET", f"/api/v1/sessions/{SESSION}"] = (200, {"id": SESSION})
+    recorded.answers["GET", f"/api/v1/sessions/{SESSION}/events"] = (200, lines.encode())
+    file = tmp_path / "file"
+    done = call("replay", SESSION, "--export", "ndjson", "-o", str(file))
+    assert done.returncode == 1
+    assert "is written" in done.stderr
+    assert "error: part 1: the recording is not" in done.stderr
+    assert len(file.read_text().splitlines()) == 3
 
 
 def test_replay_of_what_is_no_event(call: Any, home: Home, recorded: Any) -> None:
@@ -222,6 +389,18 @@ def test_usage_errors(call: Any, home: Home) -> None:
     assert call("connect").returncode == 2
     assert call("connect", "a", "--port", "1", "--socket", "x").returncode == 2
     assert call("no-such-command").returncode == 2
+
+
+def test_comments_of_examples_stand_above_where_they_do_not_fit_beside() -> None:
+    assert examples("ls", "ls -l    # long") == "\b\nExamples:\n  ls\n  ls -l    # long"
+    long = "ls " + "a" * 70
+    assert examples("ls", f"{long}    # all", "ls -l  # long").splitlines()[2:] == [
+        "  ls",
+        "  # all",
+        f"  {long}",
+        "  # long",
+        "  ls -l",
+    ]
 
 
 def commands(group: click.Group, *path: str) -> list[tuple[tuple[str, ...], click.Command]]:

@@ -93,6 +93,13 @@ def test_command_killed_by_a_signal(run: Any, connecting: Any) -> None:
     assert done.returncode == 128 + 15
 
 
+def test_command_that_is_no_program_opens_no_session(run: Any, connecting: Any, agency: Any) -> None:
+    done = run("connect", "prod-db/readonly", "--", "/etc/passwd")
+    assert done.returncode == 126
+    assert "error: cannot run /etc/passwd: permission denied" in done.stderr
+    assert agency.sessions == []
+
+
 def test_command_that_does_not_exist_opens_no_session(run: Any, connecting: Any, agency: Any) -> None:
     done = run("connect", "prod-db/readonly", "--", "no-such-program")
     assert done.returncode == 127
@@ -165,7 +172,9 @@ def test_all_relays_down(run: Any, connecting: Any, agency: Any) -> None:
     agency.relays[0].close()
     done = run("connect", "prod-db/readonly", "--", sys.executable, "-c", "print('ran')")
     assert done.returncode == 69
-    assert "connection refused" in done.stderr
+    address = agency.relays[0].address()
+    where = f"{address['host']}:{address['port']}"
+    assert f"error: relay r1 does not answer at {where}: connection refused\nHINT: " in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert agency.ended == agency.sessions
@@ -245,13 +254,23 @@ class TestPsql:
         return done.stderr
 
     def test_relay_refuses(self, stay: Any, connecting: Any, agency: Any) -> None:
-        agency.refuse_channels = "no agent of dc1 is connected"
+        agency.refuse_channels = "no agent of gateway dc1 is connected"
         process, port = stay("prod-db/readonly")
         for _ in range(2):
-            assert "FATAL:  the channel was refused: no agent of dc1 is connected" in self.psql(port)
+            told = self.psql(port)
+            assert "FATAL:  the channel was refused: no agent of gateway dc1 is connected" in told
+            assert "HINT:  the gateway's agents are down or restarting" in told
         code, said = end(process)
         assert code == 0
-        assert said.count("no agent of dc1 is connected") == 1
+        assert said.count("no agent of gateway dc1 is connected") == 1
+        assert "`pam-platform agent ls`" in said
+
+    def test_another_reason_of_a_relay_has_no_hint_about_agents(
+        self, stay: Any, connecting: Any, agency: Any
+    ) -> None:
+        agency.refuse_channels = "the session has too many channels"
+        _, port = stay("prod-db/readonly")
+        assert "HINT" not in self.psql(port)
 
     def test_agent_refuses_the_grant(self, stay: Any, connecting: Any, agency: Any) -> None:
         agency.refuse_grant = "the session was killed"

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pam_client.export.har import har
+from pam_common.errors import PamError
 
-SESSION = {"id": "s-abc", "account": "grafana/viewer", "started": 1_790_000_000}
+SESSION = {"id": "s-abc", "account": "grafana/viewer", "protocol": "http", "started": 1_790_000_000}
 
 _TEXT = {"type": "string"}
 _SIZE = {"type": "integer", "minimum": -1}
@@ -236,9 +237,17 @@ def test_a_recording_without_requests_is_an_empty_log() -> None:
     assert export([{"t": 0, "c": 1, "kind": "query", "sql": "select 1"}])["log"]["entries"] == []
 
 
+@pytest.mark.parametrize("protocol", ["postgres", "ssh", None])
+def test_what_was_no_web_session_is_refused(protocol: str | None) -> None:
+    events = [{"t": 1, "c": 1, "kind": "refused", "reason": "not allowed"}]
+    with pytest.raises(PamError, match="for web applications") as caught:
+        export(events, SESSION | {"protocol": protocol})
+    assert "--export ndjson" in caught.value.hint
+
+
 @pytest.mark.parametrize("started", [None, "soon", True, math.inf, -1e300])
 def test_a_session_without_a_time_begins_somewhere(started: Any) -> None:
-    assert len(export(recorded(), {"started": started})["log"]["entries"]) == 4
+    assert len(export(recorded(), SESSION | {"started": started})["log"]["entries"]) == 4
 
 
 def test_a_form_with_too_many_fields_is_kept_as_text() -> None:

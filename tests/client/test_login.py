@@ -161,6 +161,13 @@ def test_login_command(call: Any, platform: Any, device: Any, tmp_path: Path) ->
     assert not re.search(r"access-1|refresh-1|device-secret", done.stderr + done.stdout)
 
 
+def test_login_says_why_the_platform_does_not_answer(call: Any, platform: Any, tmp_path: Path) -> None:
+    platform.close()
+    done = call("login", "--platform", platform.url, PAM_CLIENT_HOME=str(tmp_path / "fresh"))
+    assert done.returncode == 69
+    assert done.stderr == f"error: the platform at {platform.url} does not answer: connection refused\n"
+
+
 def test_without_a_login(call: Any, platform: Any, home: Home) -> None:
     (home.folder / "tokens.json").unlink()
     done = call("ls")

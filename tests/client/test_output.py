@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 import unicodedata
 
+import click
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pam_client.output import Reporter, clean, duration, moment
+from pam_client.output import Reporter, clean, duration, moment, show_table
 from pam_client.replay import lines, verdict
 
 JSON = st.recursive(
@@ -83,6 +86,33 @@ def test_reporter_says_each_sentence_once_and_is_bounded() -> None:
     for number in range(1000):
         reporter.once(f"message {number}")
     assert len(said) == Reporter.LIMIT
+
+
+@pytest.mark.parametrize("width", [80, 102, 200])
+def test_a_table_keeps_its_first_column_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    """What a person copies to the next command is not cut in pieces, however narrow the terminal."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    columns = ("SESSION", "USER", "STARTED", "ENDED", "WHY")
+    why = "killed by root: " + "left the desk " * 3
+    rows = [
+        (f"s-{letter * 26}", "alice", "2026-01-01 10:00:00", "2026-01-01 11:00:00", why) for letter in "ab"
+    ]
+    show_table(columns, rows, empty="none", first_to_go=("WHY", "ENDED"))
+    shown = click.unstyle(capsys.readouterr().out)
+    assert all(row[0] in shown for row in rows)
+    assert max(map(len, shown.splitlines())) <= width
+    head = shown.splitlines()[0]
+    assert [name in head for name in ("ENDED", "WHY")] == {
+        80: [True, False],
+        102: [True, True],
+        200: [True, True],
+    }[width]
+    show_table(columns[:3], [("s-" + "a" * 40, "alice", "x" * 60)], empty="none")
+    assert "s-" + "a" * 40 in capsys.readouterr().out
 
 
 def test_durations_and_moments() -> None:

@@ -204,6 +204,31 @@ def test_the_screen_is_the_originals() -> None:
         assert screen(shown) == screen("".join(parts[:moment]))
 
 
+@pytest.mark.parametrize("keys", [(), ((1.5, "q"),)], ids=["to its end", "q"])
+def test_the_cursor_is_left_below_all_that_was_shown(keys: tuple[tuple[float, str], ...]) -> None:
+    """Else the prompt, and the verdict, would be written over it."""
+    made, hands = Screen(80, 24), Hands(*keys)
+    stream = pyte.Stream(made)
+    source = [
+        Frame(1.0, "o", "".join(f"line {n}\r\n" for n in range(20))),
+        Frame(2.0, "o", "\x1b[3;10r\x1b[?6h"),
+    ]
+    Player(lambda: iter(source), stream.feed, hands, clock=hands.clock).play()
+    stream.feed("the recording is verified")
+    lines = [line.rstrip() for line in made.display]
+    assert lines[23] == "the recording is verified"
+    assert lines[:19] == [f"line {n}" for n in range(1, 20)]
+
+
+class Screen(pyte.Screen):
+    """As terminals do, and pyte does not: to reset the margins moves the cursor home."""
+
+    def set_margins(self, top: int | None = None, bottom: int | None = None) -> None:
+        super().set_margins(top, bottom)
+        if not top and bottom is None:
+            self.cursor_position()
+
+
 # --- lines ---------------------------------------------------------------------------------------------
 
 
@@ -270,7 +295,8 @@ def test_ndjson() -> None:
 def recorded(platform: Any) -> None:
     lines = b"".join(json.dumps(event).encode() + b"\n" for event in EVENTS)
     platform.answers["GET", f"/api/v1/sessions/{SESSION}/events"] = (200, lines)
-    platform.answers["GET", f"/api/v1/sessions/{SESSION}/verify"] = (200, {"ok": True, "parts": []})
+    part = {"part": 1, "ok": True, "problems": [], "end": "closed", "chunks": 2, "bytes": 300}
+    platform.answers["GET", f"/api/v1/sessions/{SESSION}/verify"] = (200, {"ok": True, "parts": [part]})
     platform.answers["GET", f"/api/v1/sessions/{SESSION}"] = (
         200,
         {"id": SESSION, "account": "web-01/deploy", "protocol": "ssh", "started": 1700000000},

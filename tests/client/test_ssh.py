@@ -117,6 +117,14 @@ def test_a_command_that_is_not_here_may_be_there(
     assert len(server.sessions) == 1
 
 
+def test_a_command_that_is_no_program_here_may_be_one_there(
+    server: Any, command: Any, environment: dict[str, str]
+) -> None:
+    done = connect(command, environment, "--", "/etc/passwd")
+    assert done.returncode == 126
+    assert len(server.sessions) == 1
+
+
 def test_a_command_and_a_port_exclude_each_other(server: Any, call: Any) -> None:
     done = call("connect", "web-01/deploy", "--port", "40000", "--", "true")
     assert done.returncode == 2
@@ -154,8 +162,8 @@ class Terminal:
 
     def close(self) -> int:
         try:
-            while os.read(self.fd, 4096):
-                pass
+            while data := os.read(self.fd, 4096):
+                self.seen += self._decoder.decode(data)
         except OSError:
             pass
         os.close(self.fd)
@@ -180,6 +188,67 @@ def test_a_shell(server: Any, command: Any, client: dict[str, str]) -> None:
     assert screen.close() == 7
     assert "authenticity" not in screen.seen
     assert server.ended == server.sessions
+
+
+def answer(connecting: Any, server: Any, *states: dict[str, Any]) -> None:
+    """What the platform says of the session, the last of it for ever."""
+    left = list(states)
+
+    def say(_form: object) -> tuple[int, dict[str, Any]]:
+        return 200, {"id": server.sessions[-1], **(left.pop(0) if len(left) > 1 else left[0])}
+
+    connecting.answers["GET", f"/api/v1/sessions/{server.sessions[-1]}"] = say
+
+
+ACTIVE, KILLED = {"state": "active"}, {"state": "ended", "end_reason": "killed by root"}
+
+
+@pytest.mark.parametrize("states", [[KILLED], [ACTIVE, ACTIVE, KILLED]], ids=["at once", "a moment later"])
+def test_a_shell_whose_session_is_ended_by_others(
+    server: Any, connecting: Any, command: Any, client: dict[str, str], states: list[dict[str, Any]]
+) -> None:
+    """The agent's word of it may reach the platform after ssh has ended."""
+    screen = Terminal(command("connect", "web-01/deploy"), client | {"TERM": "xterm"})
+    screen.wait("$ ")
+    answer(connecting, server, *states)
+    server.relays[0].cut()
+    assert screen.close() == 3
+    assert "the session was ended: killed by root" in screen.seen
+
+
+def test_a_shell_whose_time_is_over(
+    server: Any, connecting: Any, command: Any, client: dict[str, str]
+) -> None:
+    server.duration = 5
+    screen = Terminal(command("connect", "web-01/deploy"), client | {"TERM": "xterm"})
+    screen.wait("$ ")
+    answer(connecting, server, ACTIVE)
+    time.sleep(5)  # the session's whole time
+    server.relays[0].cut()
+    assert screen.close() == 3
+    assert "the session's time is over" in screen.seen
+
+
+def test_a_shell_that_was_only_cut_or_ends_so_itself(
+    server: Any, command: Any, client: dict[str, str]
+) -> None:
+    for last in (lambda screen: server.relays[0].cut(), lambda screen: screen.type("exit 255\r")):
+        screen = Terminal(command("connect", "web-01/deploy"), client | {"TERM": "xterm"})
+        screen.wait("$ ")
+        last(screen)
+        assert screen.close() == 255
+        assert "was ended" not in screen.seen
+
+
+def test_a_command_whose_session_is_ended_keeps_its_exit_code(
+    server: Any, connecting: Any, command: Any, environment: dict[str, str]
+) -> None:
+    words = command("connect", "web-01/deploy", "-t", "--", "echo be''gun; sleep 60")
+    screen = Terminal(words, environment | {"TERM": "xterm"})
+    screen.wait("begun")
+    answer(connecting, server, KILLED)
+    server.relays[0].cut()
+    assert screen.close() == 255
 
 
 def test_a_command_with_a_terminal(server: Any, command: Any, client: dict[str, str]) -> None:

@@ -89,6 +89,15 @@ def test_a_refusal_with_and_without_its_request() -> None:
     assert (one.number, one.method, one.status, one.refused) == (0, "GET", 502, "gone")
 
 
+def test_what_another_protocol_refused_is_no_exchange() -> None:
+    foreign = [
+        {"t": 1, "c": 1, "kind": "refused", "reason": 'database "x" is not open to readonly'},
+        {"t": 1, "c": 1, "kind": "refused", "ch": 1, "what": "x11-req", "reason": "not allowed"},
+        {"t": 1, "c": 2, "kind": "failed", "reason": "gone"},
+    ]
+    assert list(exchanges(foreign)) == []
+
+
 def test_a_connection_that_ends_or_goes_on_leaves_what_was_open() -> None:
     events = [request(1), {"t": 3, "c": 1, "kind": "end", "reason": "killed"}]
     assert [one.status for one in exchanges(events)] == [0]

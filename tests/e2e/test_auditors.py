@@ -43,18 +43,30 @@ def test_only_the_auditor_with_the_key_reads_the_recording(stack, alice, key_fil
     assert "the recording is verified" in shown.stdout, "by public keys, so by the platform"
 
     for person in (alice, auditor):
-        closed = person.run("replay", session)
+        closed = person.run("replay", session, check=False)
+        assert closed.returncode == 1
         assert "for the auditor" not in closed.stdout
-        assert "sealed to auditors only, and the platform cannot open it" in closed.stdout
+        assert "sealed to auditors only, and the platform cannot open it" in closed.stderr
+        assert "HINT: pam-client replay --key-file opens it" in closed.stderr
     page = auditor.web().get(f"{stack.url}/sessions/{session}/parts/1", timeout=90).text
     assert "sealed to auditors only" in page
 
     other = tmp_path / "other.key"
     auditor.run("recording-key", str(other))
-    assert (
-        "not sealed to any of the keys given"
-        in auditor.run("replay", session, "--key-file", str(other)).stdout
+    file = tmp_path / "exported"
+    for words in ([], ["--export", "ndjson", "-o", str(file)], ["--export", "asciicast", "-o", str(file)]):
+        wrong = auditor.run("replay", session, "--key-file", str(other), *words, check=False)
+        assert wrong.returncode == 1
+        assert "error: part 1: the recording is not sealed to any of the keys given" in wrong.stderr
+        assert not file.exists()
+    refused = auditor.run(
+        "replay", session, "--key-file", str(key_file), "--export", "har", "-o", str(file), check=False
     )
+    assert refused.returncode == 1
+    assert "har is for web applications, and this session's protocol is postgres" in refused.stderr
+    assert not file.exists()
+    auditor.run("replay", session, "--key-file", str(key_file), "--export", "ndjson", "-o", str(file))
+    assert "select 'for the auditor'" in file.read_text()
     assert auditor.run("recording-key", str(other), check=False).returncode == 1, "no key is overwritten"
 
 

@@ -75,6 +75,20 @@ def test_an_admin_kills_it_on_the_web_page(stack, alice, connect, cut_within) ->
         assert "killed" in cut_within(connection, kill)
 
 
+def test_a_session_that_nobody_used_is_no_alarm(alice, connect, tmp_path) -> None:
+    with connect(alice) as connected:
+        session = connected.session()["id"]
+        running = alice.run("replay", session)
+    assert next(row for row in sessions(alice) if row["id"] == session)["recording"] == "none"
+    for done in (running, alice.run("replay", session)):
+        assert done.stdout == "nothing was recorded in this session so far\n"
+    file = tmp_path / "exported"
+    done = alice.run("replay", session, "--export", "ndjson", "-o", str(file), check=False)
+    assert done.returncode == 1
+    assert "error: there is nothing to write" in done.stderr
+    assert not file.exists()
+
+
 def test_a_stranger_cannot_kill_it(stack, alice, connect) -> None:
     bob = stack.person("bob")
     bob.login()

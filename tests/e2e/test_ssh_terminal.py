@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shlex
 import shutil
 import subprocess
 import time
@@ -192,6 +194,27 @@ def test_what_is_typed_unseen_is_not_recorded(
     events = replay(alice, alice.newest())
     assert public.split()[1][:40] in "".join(event["data"] for event in events if event["kind"] == "o")
     assert TYPED_SECRET not in json.dumps(events)
+
+
+def test_a_killed_shell_has_its_exit_code_and_its_replay_stays_on_the_screen(
+    alice: Person, replay: Callable[..., list[dict[str, Any]]]
+) -> None:
+    def in_terminal(*words: str) -> Tmux:
+        command = shlex.join(alice.command(*words))
+        return Tmux(["sh", "-c", f"{command}; echo code=$?; exec cat"], alice.environment())
+
+    with contextlib.closing(in_terminal("connect", "web-02")) as running:
+        running.type("echo sh''own", "Enter")
+        running.wait("\nshown")
+        session = alice.newest()
+        alice.run("sessions", "kill", session)
+        running.wait("code=3")
+        assert "the session was ended: killed by alice" in "\n".join(running.screen())
+    replay(alice, session)
+    with contextlib.closing(in_terminal("replay", session)) as played:
+        played.wait("code=0")
+        screen = played.screen()
+        assert "shown" in screen[: screen.index("the recording is verified")]
 
 
 @pytest.mark.skipif(not shutil.which("asciinema"), reason="needs asciinema")

@@ -10,7 +10,7 @@ from pam_common import tokens
 from pam_common.keys import SigningKey, b64encode, key_id
 from pam_common.recording import PartWriter, Recipient
 from pam_platform.accounts.models import Group, User
-from pam_platform.recordings import uploads
+from pam_platform.recordings import receipts, uploads
 
 IDENTITY = SigningKey(b"i" * 32)
 OTHER = SigningKey(b"o" * 32)
@@ -218,10 +218,38 @@ def test_every_look_is_on_record(browser, complete, audit_trail):
     ]
 
 
-def test_a_session_without_recording_is_not_verified(browser, new_session):
+def test_a_session_in_which_nothing_was_recorded_is_no_alarm(browser, new_session):
     session = new_session()
     verdict = browser("alice").get(f"/api/v1/sessions/{session.pk}/verify").json()
-    assert verdict == {"ok": False, "parts": []}
+    assert verdict == {"ok": True, "parts": []}
+
+
+LOST = {"ok": False, "problems": ["the recording is lost"], "end": None, "chunks": 0, "bytes": 0}
+
+
+def test_a_part_that_an_agent_began_and_nobody_has_any_more_is_an_alarm(browser, complete, new_session):
+    """Abuse case 18: what was recorded and is gone is not what was never recorded."""
+    alice = browser("alice")
+    gone = new_session(part=1)
+    verdict = alice.get(f"/api/v1/sessions/{gone.pk}/verify").json()
+    assert verdict == {"ok": False, "parts": [{"part": 1, **LOST}]}
+    complete.session.part = 2
+    complete.session.save()
+    verdict = alice.get(f"/api/v1/sessions/{complete.session_id}/verify").json()
+    assert not verdict["ok"]
+    assert [part["ok"] for part in verdict["parts"]] == [True, False]
+    assert verdict["parts"][1] == {"part": 2, **LOST}
+
+
+def test_a_recording_that_a_restored_platform_never_knew_is_an_alarm(browser, agents, new_session):
+    """Its session is as in the backup: not opened yet. The agent that recorded it has told of the loss."""
+    restored, other = new_session(), new_session()
+    told = [receipts.Receipt(restored.pk, number, "h" * 43) for number in (1, 2)]
+    assert receipts.find_lost("dc1-a", told) == told
+    alice = browser("alice")
+    verdict = alice.get(f"/api/v1/sessions/{restored.pk}/verify").json()
+    assert verdict == {"ok": False, "parts": [{"part": 1, **LOST}, {"part": 2, **LOST}]}
+    assert alice.get(f"/api/v1/sessions/{other.pk}/verify").json()["ok"]
 
 
 def test_a_damaged_recording_gives_what_can_be_read_and_says_so(browser, complete):

@@ -129,6 +129,12 @@ def test_recorded_text_is_shown_harmless(log_in, recorded):
     assert not {"\x1b", "\u202e"} & set(text)
 
 
+def test_the_home_page_tells_how_to_log_in_from_a_fresh_machine(log_in, settings):
+    settings.PAM_ISSUER = "https://pam.example.com"
+    page = log_in("alice").get("/").content.decode()
+    assert "pam-client login --platform https://pam.example.com\n" in page
+
+
 def test_a_recording_is_shown_in_pages(log_in, recorded):
     browser = log_in("alice")
     first = browser.get(f"/sessions/{recorded.pk}/parts/1").content.decode()

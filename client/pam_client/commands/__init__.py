@@ -44,9 +44,23 @@ class App:
 pass_app = click.make_pass_decorator(App)
 
 
+#: What an example may have of 80 columns, indented by click and by us.
+_EXAMPLE_WIDTH = 76
+
+
 def examples(*lines: str) -> str:
-    """The epilog of a command's help; ``\\b`` keeps click from joining the lines."""
+    """The epilog of a command's help; ``\\b`` keeps click from joining the lines.
+
+    A comment stands after two spaces and ``# ``; above the commands, where one has no room beside its own.
+    """
+    if max(map(len, lines)) > _EXAMPLE_WIDTH:
+        lines = tuple(part for line in lines for part in _comment_above(line))
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _comment_above(line: str) -> list[str]:
+    command, _, comment = line.partition("  # ")
+    return [f"# {comment}", command.rstrip()] if comment else [command]
 
 
 def complete_account(_ctx: click.Context, _param: click.Parameter, start: str) -> list[CompletionItem]:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from pam_client import child, place
 from pam_client.api import Api
-from pam_client.carry import announcing
+from pam_client.carry import Dial, announcing
 from pam_client.commands import ENDED_BY_OTHERS, App, complete_account, examples, pass_app
 from pam_client.dial import Dialer
 from pam_client.ending import told
@@ -25,28 +25,33 @@ from pam_client.grants import Grants
 from pam_client.home import Home, has_peer_check
 from pam_client.launch import Launch, Place, launch_for
 from pam_client.listener import Listener
+from pam_client.names import account_name
 from pam_client.output import Reporter, clean, duration, moment, say
 from pam_client.running import noted
 from pam_client.session import Session, SessionKeys, parse
 from pam_client.watch import Watch
 from pam_client.web.opening import opened
 from pam_common.errors import PamError
+from pam_common.stream import Stream
+
+#: As ssh exits when its connection is lost.
+_LOST = 255
 
 
 @click.command(
     epilog=examples(
-        "pam-client connect prod-db/readonly                    # stays until Ctrl-C",
-        "pam-client connect prod-db/readonly -- psql            # psql finds host, port and user by itself",
+        "pam-client connect prod-db/readonly          # stays until Ctrl-C",
+        "pam-client connect prod-db/readonly -- psql  # it finds host and user",
         "pam-client connect prod-db/readonly -- pg_dump -f dump.sql",
         "pam-client connect prod-db --port 5433 --database app",
-        "pam-client connect prod-db --socket ~/pg/              # then: psql -h ~/pg -U readonly",
-        "pam-client connect web-01/deploy                       # a shell on that server",
-        "pam-client connect web-01/deploy -- uptime             # runs there; its streams and exit code",
-        "pam-client connect grafana/viewer                      # in your browser",
+        "pam-client connect prod-db --socket ~/pg/    # psql -h ~/pg -U readonly",
+        "pam-client connect web-01/deploy             # a shell on that server",
+        "pam-client connect web-01/deploy -- uptime   # runs there, as by ssh",
+        "pam-client connect grafana/viewer            # in your browser",
         "pam-client connect grafana/viewer -- sh -c 'curl -s $PAM_URL/api/health'",
     )
 )
-@click.argument("account", metavar="RESOURCE[/ACCOUNT]", shell_complete=complete_account)
+@click.argument("account", type=account_name, metavar="RESOURCE[/ACCOUNT]", shell_complete=complete_account)
 @click.option("--port", type=click.IntRange(1, 65535), help="Listen on this port of 127.0.0.1.")
 @click.option(
     "--socket",
@@ -103,7 +108,7 @@ def connect(
             raise click.UsageError("a COMMAND runs on the server, and needs no --port or --socket")
         with _local_end(app, api, grants, launch, wish) as (at, listener, watch):
             if launch.native is not None and not wants_port:
-                return _closing(launch.native(at, command, terminal), grants, watch)
+                return _closing(launch.native(at, command, terminal), grants, watch, shell=not command)
             if found:
                 return _closing(child.run(found, launch.environment(at, os.environ)), grants, watch)
             shown = _shown(app.home, launch, at, grants.current, no_open=no_open)
@@ -125,9 +130,10 @@ def _local_end(
         dialer.reach()
         sockets, at = stack.enter_context(place.listening(app.home, api.platform, session, launch, wish))
         origin = at.origin
+        dial = advising(dialer.dial)
         listener = Listener(
             sockets,
-            dial=announcing(dialer.dial, origin.preamble) if origin else dialer.dial,
+            dial=announcing(dial, origin.preamble) if origin else dial,
             launch=launch,
             observer=_Observer(watch),
             session=session.id,
@@ -161,6 +167,23 @@ class _Observer:
         self._watch.look_now()
 
 
+def advising(dial: Dial) -> Dial:
+    """``dial``, with advice where a relay knows no agent of the gateway: it sends its reason and no hint."""
+
+    def advised() -> Stream:
+        try:
+            return dial()
+        except PamError as error:
+            if "no agent of gateway" in str(error):
+                error.hint = (
+                    "the gateway's agents are down or restarting; try again in a minute. "
+                    "An administrator sees them with `pam-platform agent ls`."
+                )
+            raise
+
+    return advised
+
+
 def request(api: Api, resource: str, label: str | None) -> Session:
     """A session with keys of its own."""
     keys = SessionKeys()
@@ -171,7 +194,7 @@ def _find(api: Api, resource: str, command: tuple[str, ...]) -> list[str]:
     """The COMMAND with its program's path. One that is not here may be meant for a server."""
     try:
         return child.find(command) if command else []
-    except child.CommandNotFoundError:
+    except (child.CommandNotFoundError, child.CommandNotExecutableError):
         with contextlib.suppress(PamError):
             for known in api.resources():
                 if known.get("name") == resource and known.get("protocol") == "ssh":
@@ -179,11 +202,15 @@ def _find(api: Api, resource: str, command: tuple[str, ...]) -> list[str]:
         raise
 
 
-def _closing(code: int, grants: Grants, watch: Watch) -> int:
-    """The exit code of what has run. It is not cut short when the session ends: it may have more to do."""
-    if watch.reason:
-        say(f"{grants.current.account}: {clean(watch.reason)}")
-    return code
+def _closing(code: int, grants: Grants, watch: Watch, *, shell: bool = False) -> int:
+    """The exit code of what has run. It is not cut short when the session ends: it may have more to do.
+    A ``shell`` has not; of its own it says how it ended only when it was not the session that did."""
+    if shell and code == _LOST:
+        watch.settle()  # the shell hears of the end before the watch does
+    if not watch.reason:
+        return code
+    say(f"{grants.current.account}: {clean(watch.reason)}")
+    return ENDED_BY_OTHERS if shell else code
 
 
 def _stay(

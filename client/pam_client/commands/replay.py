@@ -17,8 +17,10 @@ import click
 from pam_client.api import Api
 from pam_client.auditing import decrypted, read_key
 from pam_client.commands import NOT_VERIFIED, App, examples, pass_app
+from pam_client.commands.sessions import complete_session
 from pam_client.export import EXPORTS, Events
-from pam_client.output import clean, say
+from pam_client.names import session_id
+from pam_client.output import Reporter, clean, say
 from pam_client.playback.frames import Terminal, compressed, find, frames
 from pam_client.playback.keys import Keys
 from pam_client.playback.player import HELP, Player
@@ -28,6 +30,24 @@ from pam_common.errors import PamError
 
 #: The longest pause that replay keeps: nobody watches a lunch break.
 _LONGEST_PAUSE = 5.0
+
+
+class _Events:
+    """The events of a recording, as often as they are asked for. Remembers what could not be read of it."""
+
+    def __init__(self, fetch: Events) -> None:
+        self._fetch = fetch
+        self.any = False  #: something was read
+        self.problems: dict[str, str] = {}  #: with their hints
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        for event in self._fetch():
+            if event.get("kind") != "problem":
+                self.any = True
+            elif len(self.problems) < Reporter.LIMIT:
+                part, text = clean(event.get("part"), limit=12), clean(event.get("problem"), limit=500)
+                self.problems[f"part {part}: {text}"] = clean(event.get("hint"), limit=500)
+            yield event
 
 
 @click.command(
@@ -42,7 +62,7 @@ _LONGEST_PAUSE = 5.0
         "pam-client replay s-… --json | jq -r 'select(.kind==\"query\").sql'",
     )
 )
-@click.argument("session")
+@click.argument("session", type=session_id, shell_complete=complete_session)
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the events as they are, one JSON object per line."
 )
@@ -92,24 +112,31 @@ def replay(
 
     The platform verifies the recording (signatures, hash chain, completeness); its verdict follows the
     events, with --json on stderr. A recording that cannot be verified is shown all the same, and the exit
-    code is 4.
+    code is 4. It is 1 when some of it cannot be read, or there is nothing to export; and 0 for a session in
+    which nothing was recorded.
     """
     if (form is None) != (output is None):
         raise click.UsageError("--export and -o belong together")
     api = app.api()
     key = read_key(key_file) if key_file else None
-
-    def events() -> Iterator[dict[str, Any]]:
-        return decrypted(api, session, key) if key else api.events(session)
-
-    if form is not None and output is not None:
-        _export(EXPORTS[form](events, api.session(session), number), output)
-    elif (found := _to_play(events, number, as_json or as_lines)) is not None:
-        _play(events, found, number, speed or 1.0, max_pause)
-    else:
-        _print(_paced(events(), speed, max_pause), as_json)
-    ok = not verify or _verify(api, session, write=say if as_json else click.echo)
-    return 0 if ok else NOT_VERIFIED
+    events = _Events(lambda: decrypted(api, session, key) if key else api.events(session))
+    whole = True
+    try:
+        if form is not None and output is not None:
+            whole = _export(EXPORTS[form](events, api.session(session), number), output, events)
+        elif (found := _to_play(events, number, as_json or as_lines)) is not None:
+            _play(events, found, number, speed or 1.0, max_pause)
+        else:
+            _print(_paced(events(), speed, max_pause), as_json)
+    finally:  # also before another error, of which it may be the cause
+        reporter = Reporter()
+        for problem, hint in events.problems.items():
+            reporter.once(problem, hint)
+    if not whole:
+        say(f"error: there is nothing to write: {output} was not made")
+    if verify and not _verify(api, session, events, write=say if as_json else click.echo):
+        return NOT_VERIFIED
+    return 0 if whole and not events.problems else 1
 
 
 def _to_play(events: Events, number: int, printed: bool) -> Terminal | None:
@@ -148,8 +175,8 @@ def _print(events: Iterator[dict[str, Any]], as_json: bool) -> None:
             click.echo(line)
 
 
-def _export(pieces: Iterator[str], output: Path) -> None:
-    """Into a file of the person's alone, whole or not at all."""
+def _export(pieces: Iterator[str], output: Path, events: _Events) -> bool:
+    """Into a file of the person's alone, whole or not at all; False when there were no events for one."""
     scratch = output.with_name(f".{output.name}.{secrets.token_hex(6)}")
     try:
         fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -159,15 +186,18 @@ def _export(pieces: Iterator[str], output: Path) -> None:
         with os.fdopen(fd, "w", encoding="utf-8") as file:
             for piece in pieces:
                 file.write(piece)
-        scratch.replace(output)
+        if events.any:
+            scratch.replace(output)
     except OSError as error:
         raise PamError(f"cannot write {output}: {error.strerror}") from None
     finally:
         scratch.unlink(missing_ok=True)
-    say(f"{output} is written")
+    if events.any:
+        say(f"{output} is written")
+    return events.any
 
 
-def _verify(api: Api, session: str, write: Callable[[str], None]) -> bool:
+def _verify(api: Api, session: str, events: _Events, write: Callable[[str], None]) -> bool:
     try:
         report = api.verify(session)
     except PamError as error:
@@ -175,7 +205,12 @@ def _verify(api: Api, session: str, write: Callable[[str], None]) -> bool:
         return False
     for line in verdict(report):
         write(line)
-    ok = report.get("ok") is True
+    ok, parts = report.get("ok") is True, report.get("parts")
+    if ok and parts == [] and not events.any:
+        # The platform vouches for it. A recording that it should have and has not, it calls wrong.
+        write("nothing was recorded in this session so far")
+        return True
+    ok = ok and bool(parts) and isinstance(parts, list)
     write("the recording is verified" if ok else "THE RECORDING IS NOT VERIFIED")
     return ok
 

@@ -44,8 +44,10 @@ def _limit(seconds: object) -> str:
 
 @click.command(
     epilog=examples(
-        "pam-client completion bash > ~/.local/share/bash-completion/completions/pam-client",
-        "pam-client completion zsh > ~/.zfunc/_pam-client     # with fpath+=~/.zfunc before compinit",
+        "pam-client completion bash \\",
+        "  > ~/.local/share/bash-completion/completions/pam-client",
+        "# with fpath+=~/.zfunc before compinit:",
+        "pam-client completion zsh > ~/.zfunc/_pam-client",
         "pam-client completion fish > ~/.config/fish/completions/pam-client.fish",
     )
 )

@@ -13,10 +13,11 @@ import click
 
 from pam_client.api import Api
 from pam_client.commands import ENDED_BY_OTHERS, App, complete_account, examples, pass_app
-from pam_client.commands.connect import request
+from pam_client.commands.connect import advising, request
 from pam_client.dial import Dialer
 from pam_client.ending import told
 from pam_client.grants import Grants
+from pam_client.names import account_name
 from pam_client.output import clean, say
 from pam_client.ssh import config, known_hosts
 from pam_client.stdio import Splice
@@ -31,7 +32,7 @@ from pam_common.files import write_private
         "ssh -o ProxyCommand='pam-client ssh-proxy web-01/deploy' …     # see ssh-config for the rest of it"
     ),
 )
-@click.argument("account", metavar="RESOURCE[/ACCOUNT]", shell_complete=complete_account)
+@click.argument("account", type=account_name, metavar="RESOURCE[/ACCOUNT]", shell_complete=complete_account)
 @pass_app
 def ssh_proxy(app: App, account: str) -> int:
     """Carry one SSH connection on stdin and stdout, as ssh's ProxyCommand.
@@ -58,7 +59,7 @@ def _splice(api: Api, grants: Grants) -> int:
     with contextlib.ExitStack() as stack:
         stack.callback(dialer.close)
         stack.callback(watch.stop)
-        splice = Splice(dialer.dial(), 0, 1)
+        splice = Splice(advising(dialer.dial)(), 0, 1)
         watch.start()
         with _stop_on_signals(splice):
             try:
@@ -93,9 +94,9 @@ def _stop_on_signals(splice: Splice) -> Iterator[None]:
 @click.command(
     "ssh-config",
     epilog=examples(
-        "pam-client ssh-config                  # print it",
-        "pam-client ssh-config --write          # write it, and say what to put into ~/.ssh/config",
-        "ssh deploy.web-01.pam                  # then: also scp, sftp, rsync -e ssh, git, Ansible",
+        "pam-client ssh-config          # print it",
+        "pam-client ssh-config --write  # for ~/.ssh/config: says how",
+        "ssh deploy.web-01.pam          # then; scp, sftp, rsync, git, Ansible, too",
     ),
 )
 @click.option("--write", is_flag=True, help="Write the file that ~/.ssh/config can include.")

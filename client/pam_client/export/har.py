@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import Any
 from urllib.parse import parse_qsl
 
+from pam_common.errors import PamError
 from pam_common.exchanges import Exchange, Message, exchanges, seconds, time_of
 
 #: Opcodes of RFC 6455, as the developer tools show them.
@@ -25,7 +26,13 @@ _MAX_PARAMETERS = 1000
 def har(
     events: Callable[[], Iterator[dict[str, Any]]], session: dict[str, Any], _terminal: int
 ) -> Iterator[str]:
-    """The file's text, an entry at a time; entries stand in the order in which they ended."""
+    """The file's text, an entry at a time; entries stand in the order in which they ended. Raises PamError
+    when it was no session of a web application."""
+    if session.get("protocol") != "http":
+        raise PamError(
+            f"har is for web applications, and this session's protocol is {session.get('protocol')}",
+            hint="--export ndjson has every event of it.",
+        )
     begin = seconds(session.get("started"))
     creator = {"name": "pam-client", "version": version("pam-bundle")}
     title = f"{session.get('account', '')} {session.get('id', '')}".strip()

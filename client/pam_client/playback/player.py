@@ -17,6 +17,8 @@ from pam_common.terminal import RESET, Neutraliser
 STEP = 10.0
 #: The arrow keys for speed double and halve between these.
 SLOWEST, FASTEST = 1 / 16, 256.0
+#: To the last row and one further: to reset the margins moves the cursor to the top, onto what was shown.
+_BELOW = "\x1b[999;1H\r\n"
 HELP = "space pauses, left and right seek, up and down change the speed, q ends"
 
 
@@ -57,7 +59,7 @@ class Player:
         except _Stopped:
             pass
         finally:
-            self._write(RESET + "\r\n")
+            self._write(RESET + _BELOW)
 
     def _play_from_start(self) -> bool:
         """Show everything up to the moment at once and the rest in time; True to go back."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlencode
 
+from django.conf import settings
 from django.contrib import messages
 from django.contrib.auth.decorators import login_required
 from django.http import Http404, HttpRequest, HttpResponse
@@ -38,7 +39,8 @@ def home(request: HttpRequest) -> HttpResponse:
     """Greeting, how to connect, and the person's running sessions."""
     user = _user(request)
     page = listing.sessions(user, state="active", wanted_user=user.username)
-    return render(request, "web/home.html", {"running": page.rows})
+    # A fresh machine does not know the platform yet.
+    return render(request, "web/home.html", {"running": page.rows, "public_url": settings.PAM_ISSUER})
 
 
 @require_safe
