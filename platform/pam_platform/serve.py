@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import fcntl
 import logging as std_logging
+import math
 import os
 import signal
 import socket
 import ssl
 import struct
 import sys
+import termios
+import threading
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +24,7 @@ from typing import Any
 from django.conf import settings as django_settings
 from django.db import DatabaseError, connection
 from django.http import HttpRequest
-from gunicorn import systemd
+from gunicorn import systemd, util
 from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
@@ -31,8 +36,16 @@ from pam_platform import config
 from pam_platform.config import PlatformConfig
 
 #: A client that sends nothing for this long while a thread waits for it is cut; without it 32 such clients
-#: would be the whole server.
+#: would be the whole server. TLS asks the kernel again and again: there only the next ones hold.
 READ_TIMEOUT = 10
+#: So long may a thread wait for the whole head of a request, and for TLS before it.
+HEAD_TIMEOUT = 20
+#: Whoever has a thread wait for so long, with a body or by not reading, must have moved so many bytes
+#: meanwhile. GPRS carries several times as much, so no honest upload is cut, not even in a tunnel.
+SLOW_PERIOD = 30
+SLOW_BYTES = 16 * 1024
+#: So long may a streamed answer stand still: whoever watches a recording pauses it.
+PAUSE_TIMEOUT = 3600
 #: Kept-alive connections wait in the poller and hold no thread; agents come back within a second.
 KEEPALIVE = 30
 #: Uploads in flight may finish; agents that wait are sent home at once.
@@ -43,8 +56,113 @@ _RELOADED = frozenset(
 )
 
 
+class _Watch:
+    """A thread's time with one client: in every ``seconds`` that the thread waits for it, at least ``least``
+    bytes must go one way or the other."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        # Its own: while TLS shakes hands gunicorn has none that works, and the number may be another's soon.
+        self.sock = socket.socket(fileno=os.dup(sock.fileno()))
+        self.expect(HEAD_TIMEOUT, math.inf)
+        self.reading = True
+
+    def expect(self, seconds: float, least: float) -> None:
+        self.reading = False
+        self._seconds, self._least = seconds, least
+        self._waited, self._before = 0.0, _moved(self.sock)
+
+    def too_slow(self, passed: float) -> bool:
+        """Count ``passed`` seconds, if they were the client's; the thread's own work is not its fault."""
+        if not (self.reading or _unsent(self.sock)):
+            return False
+        self._waited += passed
+        if self._waited < self._seconds:
+            return False
+        moved = _moved(self.sock)
+        if moved - self._before < self._least:
+            return True
+        self._waited, self._before = 0.0, moved
+        return False
+
+
+class _Reader:
+    """gunicorn's reader of a body; says when a thread waits in it."""
+
+    def __init__(self, reader: Any, watch: _Watch) -> None:
+        self._reader, self._watch = reader, watch
+
+    def read(self, size: int) -> bytes:
+        self._watch.reading = True
+        try:
+            return bytes(self._reader.read(size))
+        finally:
+            self._watch.reading = False
+
+
+def _unsent(sock: socket.socket) -> int:
+    """Bytes that the client has not taken yet."""
+    return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, b"\0" * 4), sys.byteorder)
+
+
+def _moved(sock: socket.socket) -> int:
+    """Bytes that have come from the client, and that it has taken: Linux's ``tcp_info`` counts them."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+    return sum(struct.unpack_from("QQ", info, 120))  # tcpi_bytes_acked, tcpi_bytes_received
+
+
 class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn is untyped
-    """gthread with a deadline on reads, which lets waiting agents go when it stops."""
+    """gthread in which no client keeps a thread for long, and which lets waiting agents go when it stops."""
+
+    wsgi: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._watches: dict[int, _Watch] = {}  # by thread
+        self._looked = time.monotonic()
+
+    def handle(self, conn: Any) -> Any:
+        thread = threading.get_ident()
+        watch = self._watches[thread] = _Watch(conn.sock)
+        try:
+            kept = super().handle(conn)
+            if not kept:
+                _linger(watch.sock, conn.sock)
+            return kept
+        finally:
+            del self._watches[thread]
+            watch.sock.close()
+
+    def handle_request(self, req: Any, conn: Any) -> Any:
+        watch = self._watches[threading.get_ident()]
+        watch.expect(SLOW_PERIOD, SLOW_BYTES)
+        req.body.reader = _Reader(req.body.reader, watch)
+        return super().handle_request(req, conn)
+
+    def load_wsgi(self) -> None:
+        super().load_wsgi()
+        app = self.wsgi
+
+        def answer(environ: Any, start_response: Any) -> Any:
+            found = app(environ, start_response)
+            if getattr(found, "streaming", False):
+                self._watches[threading.get_ident()].expect(PAUSE_TIMEOUT, 1)
+            return found
+
+        self.wsgi = answer
+
+    def murder_pending(self) -> None:
+        # Called whenever the main loop has gone round: at least once a second, also while it stops.
+        super().murder_pending()
+        passed = time.monotonic() - self._looked
+        if passed < 1:
+            return
+        self._looked += passed
+        for watch in list(self._watches.values()):
+            with contextlib.suppress(OSError, ValueError):  # it is over just now
+                # When this loop was late, the thread may have been, too.
+                if watch.too_slow(min(passed, 2)):
+                    self.log.info("a client was too slow")
+                    watch.sock.shutdown(socket.SHUT_RDWR)  # the thread finds that it has gone
 
     def init_process(self) -> None:
         for listener in self.sockets:
@@ -64,6 +182,14 @@ class Worker(ThreadWorker):  # type: ignore[misc]  # gunicorn is untyped
         _send_waiting_agents_home()
         self.alive = False  # or gunicorn keeps connections alive that are idle from now on
         return False
+
+
+def _linger(ours: socket.socket, gunicorns: socket.socket) -> None:
+    """Let the client read its last answer to the end. gunicorn does so in its main loop, for which then
+    everybody waits; after this, it finds that there is nothing to wait for."""
+    util.close_graceful(ours)
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(gunicorns, socket.SHUT_RDWR)
 
 
 def _send_waiting_agents_home() -> None:

@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import pytest
 from allauth.idp.oidc.models import Client, Token
+from django.contrib.auth.signals import user_login_failed
 from django.core.exceptions import ValidationError
 from django.test import Client as Browser
 from django.utils import timezone
@@ -177,9 +178,30 @@ def test_headers_do_not_forge_an_address_or_a_host(alice, audit_trail):
         assert b"evil.example" not in document.content
 
 
-def test_a_failed_login_never_stores_the_password_or_a_huge_name(alice, audit_trail):
-    log_in(Browser(), name="x" * 60, password="hunter2-secret")
-    assert "hunter2-secret" not in repr(audit_trail())
+def test_a_failed_login_never_stores_the_password(alice, audit_trail, caplog):
+    log_in(Browser(), password="hunter2-secret")
+    assert "hunter2-secret" not in repr(audit_trail()) + caplog.text
+
+
+@pytest.mark.parametrize("typed", ["My-S3cret Passw0rd!", "hunter2", "x" * 500])
+def test_what_is_typed_for_a_name_is_stored_only_if_it_is_one(alice, audit_trail, caplog, typed):
+    """People type their password there."""
+    log_in(Browser(), name=typed, password="wrong")
+    user_login_failed.send(User, credentials={"username": typed})
+    assert [entry[:4] for entry in audit_trail()][-1] == ("(unknown)", "login", "web", "refused")
+    assert typed not in repr(audit_trail()) + caplog.text
+
+
+def test_a_name_in_capitals_is_the_users(alice, audit_trail):
+    log_in(Browser(), name="ALICE", password="wrong")
+    assert audit_trail()[-1][0] == "alice"
+
+
+def test_a_client_id_is_stored_only_if_it_is_a_users_name(robot, audit_trail, caplog):
+    for typed in ("robot", SECRET, "alice", ""):
+        Browser().post("/identity/o/api/token", {"grant_type": "client_credentials", "client_id": typed})
+    assert [entry[:2] for entry in audit_trail()] == [("robot", "token"), *[("(unknown)", "token")] * 3]
+    assert SECRET not in caplog.text
 
 
 def test_password_guessing_is_stopped(alice):

@@ -10,10 +10,11 @@ from django.contrib.auth.signals import user_logged_in, user_logged_out, user_lo
 from django.http import HttpRequest
 
 from pam_platform import audit
+from pam_platform.accounts.models import User
 from pam_platform.accounts.oauth import delete_expired, revoke_tokens
 
-# A failed login names whatever was typed; longer than any valid name is not a name.
-MAX_NAME_SHOWN = 64
+# Stands in the audit trail for a name that nobody has.
+_UNKNOWN = "(unknown)"
 
 
 def connect() -> None:
@@ -39,6 +40,12 @@ def address_of(request: HttpRequest | None) -> str:
         return ""
 
 
+def known_name(typed: str) -> str:
+    """The user's name that was typed; people type passwords there, and the trail and the log keep them."""
+    name = typed.lower()
+    return name if User.objects.filter(username=name).exists() else _UNKNOWN
+
+
 def _logged_in(request: HttpRequest | None, user: Any, **_: Any) -> None:
     delete_expired()
     audit.record(user.get_username(), "login", "web", "ok", address=address_of(request))
@@ -50,7 +57,7 @@ def _logged_out(request: HttpRequest | None, user: Any, **_: Any) -> None:
 
 
 def _login_failed(credentials: dict[str, Any], request: HttpRequest | None = None, **_: Any) -> None:
-    name = str(credentials.get("username", ""))[:MAX_NAME_SHOWN]
+    name = known_name(str(credentials.get("username", "")))
     audit.record(name, "login", "web", "refused", address=address_of(request))
 
 

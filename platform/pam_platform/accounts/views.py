@@ -28,7 +28,7 @@ from django.views.decorators.http import require_http_methods, require_POST
 
 from pam_platform import audit
 from pam_platform.accounts.oauth import delete_expired
-from pam_platform.accounts.signals import MAX_NAME_SHOWN, address_of
+from pam_platform.accounts.signals import address_of, known_name
 
 _CLIENT_CREDENTIALS = "client_credentials"
 # A token request holds a code, an id and a secret; Django's own cap of 2.5 MiB is for uploads.
@@ -112,9 +112,8 @@ def _answer(request: HttpRequest, form: Any, page: dict[str, Any], *, confirm: b
 
 def _audit_client_credentials(request: HttpRequest, response: HttpResponseBase) -> None:
     name = extract_basic_auth(request.headers)[0] or request.POST.get("client_id") or ""
-    name = name[:MAX_NAME_SHOWN]
     outcome = "ok" if response.status_code == 200 else "refused"
-    audit.record(name, "token", "client credentials", outcome, address=address_of(request))
+    audit.record(known_name(name), "token", "client credentials", outcome, address=address_of(request))
 
 
 def _within_rate(request: HttpRequest, action: str) -> bool:
