@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("common", "agent", "relay", "client", "platform")
@@ -111,14 +112,23 @@ def test_the_default_limits_are_the_documented_ones(part: str) -> None:
 # -- commands --------------------------------------------------------------------------------------------
 
 
+PROGRAMS = {
+    "pam-agent": ("pam_agent.__main__", "main_command"),
+    "pam-relay": ("pam_relay.__main__", "cli"),
+    "pam-client": ("pam_client.__main__", "cli"),
+    "pam-platform": ("pam_platform.__main__", "group"),
+}
+
+
+def _program(name: str) -> click.Group:
+    module, group = PROGRAMS[name]
+    found: click.Group = getattr(importlib.import_module(module), group)
+    return found
+
+
 def _commands() -> Iterator[str]:
-    for program, module, name in (
-        ("pam-agent", "pam_agent.__main__", "main_command"),
-        ("pam-relay", "pam_relay.__main__", "cli"),
-        ("pam-client", "pam_client.__main__", "cli"),
-        ("pam-platform", "pam_platform.__main__", "group"),
-    ):
-        yield from _leaves(program, getattr(importlib.import_module(module), name))
+    for name in PROGRAMS:
+        yield from _leaves(name, _program(name))
 
 
 def _leaves(path: str, command: click.Command) -> Iterator[str]:
@@ -133,6 +143,35 @@ def _leaves(path: str, command: click.Command) -> Iterator[str]:
 def test_every_command_is_documented(command: str) -> None:
     text = OPERATIONS.read_text() + (ROOT / "README.md").read_text()
     assert re.search(rf"{re.escape(command)}\b", text), f"docs/operations.md lacks {command}"
+
+
+def _groups(path: str, command: click.Command) -> Iterator[str]:
+    if isinstance(command, click.Group):
+        yield path
+        for name, child in command.commands.items():
+            yield from _groups(f"{path} {name}", child)
+
+
+def _help(command: str) -> str:
+    """As a terminal of 80 columns shows it."""
+    program, *words = command.split()
+    runner = CliRunner(env={"COLUMNS": "80"})
+    return runner.invoke(_program(program), [*words, "--help"], prog_name=program).output
+
+
+@pytest.mark.parametrize("command", list(_commands()))
+def test_every_command_has_an_example(command: str) -> None:
+    _, _, below = _help(command).partition("\n  Example")
+    program, _, words = command.partition(" ")
+    assert re.search(rf"\b{program}( --config \S+)? {words}\b", below), below
+
+
+@pytest.mark.parametrize(
+    "command", [*_commands(), *(group for name in PROGRAMS for group in _groups(name, _program(name)))]
+)
+def test_help_fits_a_terminal_of_80_columns(command: str) -> None:
+    wide = [line for line in _help(command).splitlines() if len(line) > 80]
+    assert not wide, "shorten it, or put its comment above: what is wider wraps in mid-word"
 
 
 def test_every_documented_command_exists() -> None:

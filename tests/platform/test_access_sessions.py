@@ -387,6 +387,8 @@ def test_who_may_know_of_a_session(granted, fleet, person):
         assert somebody.call("GET", path).status_code == status
         listed = somebody.call("GET", "/sessions").json()["sessions"]
         assert [row["id"] for row in listed] == ([granted["session"]] if status == 200 else [])
+    answer = person("bob").call("GET", path).json()
+    assert answer == {"detail": "no such session", "hint": "pam-client sessions ls lists yours"}
 
 
 def test_the_client_ends_its_session(alice, granted, fleet, person):

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from django.contrib.auth.hashers import MD5PasswordHasher
+from django.db import connection
 
 from pam_common.errors import ConfigError, RefusedError
+from pam_platform.access.apply import run
 from pam_platform.access.apply.changes import SECRET, Change
 from pam_platform.access.apply.document import load
 from pam_platform.access.models import Account, Policy, Resource
@@ -120,6 +123,77 @@ def test_passwords_and_client_secrets_of_users(apply, access_file, monkeypatch):
     shown = text(apply(change))
     assert "~ user robot\n    client_secret: changed" in shown
     assert "~ user alice\n    password: changed" in shown
+
+
+@pytest.fixture
+def with_secrets(access_file, monkeypatch):
+    """A change that gives alice a password, and a robot its secret; ``with_secrets.write`` another word."""
+    monkeypatch.setenv("ROBOT", "r" * 40)
+    word = access_file().parent / "word"
+    word.touch(mode=0o600)
+
+    def change(file):
+        file["users"][0]["password"] = {"file": "word"}
+        file["users"].append({"name": "robot", "service": True, "client_secret": {"env": "ROBOT"}})
+
+    change.write = word.write_text
+    change.write("a first password")
+    return change
+
+
+@pytest.fixture
+def hashed_while_locked(monkeypatch):
+    """For each slow hash that is compared or made: whether the database was locked meanwhile."""
+    seen = []
+
+    def watched(real):
+        def watch(*words):
+            seen.append(connection.in_atomic_block)
+            return real(*words)
+
+        return watch
+
+    for name in ("verify", "encode"):
+        monkeypatch.setattr(MD5PasswordHasher, name, watched(getattr(MD5PasswordHasher, name)))
+    return seen
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_nothing_waits_while_passwords_are_hashed(apply, with_secrets, hashed_while_locked, dry_run):
+    """With SQLite that would be every writer: 0.3 s for each user, also when nothing has changed."""
+    apply(with_secrets)
+    for word in ("a first password", "another password"):
+        with_secrets.write(word)
+        hashed_while_locked.clear()
+        apply(with_secrets, dry_run=dry_run)
+        assert hashed_while_locked
+        assert not any(hashed_while_locked)
+    assert User.objects.get(username="alice").check_password("another password") is not dry_run
+
+
+def test_a_password_that_changed_since_it_was_compared_is_compared_again(apply, with_secrets, monkeypatch):
+    apply(with_secrets)
+    real = run._check_references
+
+    def change_meanwhile(*words, **options):
+        alice = User.objects.get(username="alice")
+        alice.set_password("her own password")
+        alice.save()
+        real(*words, **options)
+
+    monkeypatch.setattr(run, "_check_references", change_meanwhile)
+    assert summary(apply(with_secrets)) == ["change user alice"]
+    assert User.objects.get(username="alice").check_password("a first password")
+
+
+def test_a_changed_password_ends_the_logins_made_with_the_old_one(apply, with_secrets, person):
+    apply(with_secrets)
+    alice = person("alice")
+    apply(with_secrets)
+    assert alice.call("GET", "/me").status_code == 200, "nothing has changed"
+    with_secrets.write("another password")
+    apply(with_secrets)
+    assert alice.call("GET", "/me").status_code == 401
 
 
 def test_what_the_file_does_not_name_is_kept_and_said(apply):

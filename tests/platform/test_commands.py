@@ -123,6 +123,10 @@ def test_agents_relays_and_gateways_are_shut_out_by_name(command, fleet, person,
     names = {row["name"] for row in json.loads(command("agent", "ls", "--json")[1])["agents"]}
     assert names == {"dc1-a", "dc1-b", "dc2-a"}
     assert "relay.example.com:2222" in command("relay", "ls")[1]
+    for kind in ("agent", "relay"):
+        lines = command(kind, "ls")[1].splitlines()
+        assert max(map(len, lines)) < 80, "it wraps on an ordinary terminal"
+        assert len({line.index("active") for line in lines}) == 1
     session = person("alice", groups=["dba"]).connect().json()["session"]
     assert fleet["dc1-a"].call("POST", f"/agent/sessions/{session}/open").status_code == 200
 
@@ -161,6 +165,21 @@ def test_recordings_verify_without_recordings(command):
 
 def test_the_vault_is_rekeyed(command):
     assert "secrets are under master key" in command("vault", "rekey")[1]
+
+
+@pytest.mark.parametrize("words", ["init", "keys rotate grant", "vault rekey", "apply -f FILE"])
+def test_commands_that_seal_secrets_run_one_at_a_time(command, access_file, monkeypatch, words):
+    from pam_common.errors import UnavailableError
+    from pam_platform.commands import init
+    from pam_platform.vault import master
+
+    monkeypatch.setattr(init, "start", lambda **_: None)
+    monkeypatch.setattr(master, "LOCK_TIMEOUT", 0)
+    words = words.replace("FILE", str(access_file())).split()
+    with master.locked():
+        refused = command(*words)[2]
+    assert isinstance(refused, UnavailableError)
+    assert command(*words)[0] == 0
 
 
 def test_the_program_is_the_group():

@@ -7,6 +7,7 @@ from datetime import timedelta
 import jwt
 import pytest
 from django.conf import settings
+from django.db import DatabaseError, InterfaceError
 from django.utils import timezone
 from patience import Metronome
 
@@ -332,15 +333,19 @@ class Poll(threading.Thread):
         return self
 
 
-def test_a_waiting_poll_hears_within_a_second(agent):
+def hears_within_a_second(agent):
     asked = Poll(agent, 0).waits()
     with Metronome() as beat:
         sent = time.monotonic()
-        inbox.post(Agent.objects.get(), "kill", "s-" + "a" * 26, "x")
+        inbox.post(Agent.objects.get(), "kill", "s-" + "a" * 26, reason="x")
         asked.join(60)
         lost = beat.lost()
     assert asked.answer.json()["messages"][0]["kind"] == "kill"
     assert asked.seconds - sent - lost < 1
+
+
+def test_a_waiting_poll_hears_within_a_second(agent):
+    hears_within_a_second(agent)
 
 
 def test_a_waiting_poll_ends_when_its_agent_is_revoked(agent):
@@ -394,6 +399,35 @@ def test_the_watcher_ends_with_the_last_who_waits_and_starts_again(agent):
         while any(thread.name == "inbox-watch" for thread in threading.enumerate()):
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def test_without_a_watcher_nobody_waits_and_the_next_poll_has_one(agent, monkeypatch):
+    start = threading.Thread.start
+
+    def fails(thread):
+        if thread.name == "inbox-watch":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fails)
+        assert poll(agent, 0, wait=20)["retry_ms"] == 500
+    assert inbox.waiting()._waiters == []
+    hears_within_a_second(agent)
+
+
+@pytest.mark.parametrize("error", [DatabaseError, InterfaceError, MemoryError])
+def test_the_watcher_outlives_a_look_that_fails(agent, monkeypatch, error):
+    looks = []
+
+    def fails_once():
+        looks.append(1)
+        if len(looks) == 1:
+            raise error("gone")
+
+    monkeypatch.setattr(inbox, "close_old_connections", fails_once)
+    hears_within_a_second(agent)
+    assert len(looks) > 1
 
 
 # --- keys ----------------------------------------------------------------------------------------------

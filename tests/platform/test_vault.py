@@ -1,17 +1,21 @@
 """Sealed entries, master keys, re-keying, and the platform's own keys."""
 
+import time
 from dataclasses import replace
 from datetime import timedelta
+from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 from django.utils import timezone
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pam_common.errors import AuthenticationError, ConfigError, PamError, RefusedError
+from pam_common.errors import AuthenticationError, ConfigError, PamError, RefusedError, UnavailableError
 from pam_common.keys import SigningKey, b64decode, b64encode, key_id
 from pam_common.recording import Recipient
 from pam_common.secure_channel import x25519_public
+from pam_platform.access.models import Account
 from pam_platform.config import current
 from pam_platform.vault import keys, master, store
 from pam_platform.vault.models import PlatformKey, VaultEntry
@@ -124,6 +128,52 @@ def test_a_process_learns_of_keys_another_one_made(platform):
     assert store.reveal(VaultEntry.objects.get(pk=entry.pk)) == b"secret"
 
 
+def test_a_rekeying_waits_for_an_apply_that_has_sealed_and_not_committed(apply, monkeypatch):
+    """It could not see, and so not move, what is sealed under the key that it then drops."""
+    (old,) = master.read(master.source())
+    told, real = [], store.put
+
+    def rekey():
+        with pytest.raises(UnavailableError, match="another pam-platform apply, init, keys") as caught:
+            store.rekey()
+        told.append(caught.value.hint)
+
+    def put(secret):
+        entry = real(secret)
+        if not told:
+            thread = Thread(target=rekey)  # as another process, on a connection of its own
+            thread.start()
+            thread.join()
+        return entry
+
+    monkeypatch.setattr(store, "put", put)
+    monkeypatch.setattr(master, "LOCK_TIMEOUT", 0.2)
+    apply()
+    assert told == ["try again when it is done."]
+    assert master.read(master.source()) == [old]
+    store.rekey()
+    store.check()
+    assert store.reveal(Account.objects.get(name="owner").password) == b"password-of-rw"
+
+
+def test_whoever_has_waited_seals_under_the_key_that_was_made_meanwhile(apply, monkeypatch):
+    loaded = master.load()
+    kid, _ = store.rekey()
+    for seals in (apply, lambda: keys.rotate(keys.GRANT)):
+        master._loaded = (master.source(), loaded)
+        seals()
+        assert set(VaultEntry.objects.values_list("master_kid", flat=True)) == {kid}
+
+
+def test_the_lock_is_waited_for(platform, monkeypatch):
+    first = master.locked()
+    first.__enter__()
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: first.__exit__(None, None, None))
+    monkeypatch.setattr(master, "time", clock)
+    with master.locked():
+        pass
+
+
 def test_entries_of_a_lost_master_key_are_named(platform):
     entry = store.put(b"secret")
     master.write(master.source(), [master.generate()])
@@ -225,3 +275,12 @@ def test_without_init_there_is_no_key(db):
     with pytest.raises(PamError, match="no grant key") as caught:
         keys.signing_key(keys.GRANT)
     assert "init" in caught.value.hint
+
+
+def test_a_lock_of_somebody_else_is_said(platform, monkeypatch):
+    def shut(*_arguments, **_more):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(master.os, "open", shut)
+    with pytest.raises(ConfigError, match=r"cannot lock .*/lock: Permission denied"), master.locked():
+        pass

@@ -43,6 +43,7 @@ def _revoked_agents() -> list[str]:
 
 def _revoked_sessions() -> list[str]:
     """Sessions cut before their time, newest first: a link of theirs could still be up."""
-    rows = Session.objects.filter(killed=True, session_end__gt=timezone.now())
+    # A killed one has always ended; saying so lets the index find those few among all that ever were.
+    rows = Session.objects.filter(state=Session.State.ENDED, killed=True, session_end__gt=timezone.now())
     newest = rows.order_by("-ended", "pk")[: statements.MAX_REVOKED_SESSIONS]
     return list(newest.values_list("pk", flat=True))

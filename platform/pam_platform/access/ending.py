@@ -1,13 +1,17 @@
 """Ending sessions, for whatever reason, at once.
 
-A session that ends before its time is marked here, its agent is told through the inbox, and relays read it
-in their bundle. All in one transaction with the reason for it: a user who is disabled has no session left
-when the command returns.
+A session that ends before its time is marked here, its agents are told through the inbox, and relays read it
+in their bundle.
+
+The reason for it is committed first, then what runs is looked for: `open` in another worker decides anew
+under its session's lock, so it is either refused or seen here. A user who is disabled has no session left
+when the command returns. Where it breaks off in between, doing the same again ends what is left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Collection, Iterable
 
 from django.db import transaction
 from django.db.models import Q, QuerySet
@@ -16,12 +20,13 @@ from django.utils import timezone
 from pam_common.errors import RefusedError
 from pam_platform import audit
 from pam_platform.access.models import Account, Resource, Session
-from pam_platform.access.policy import decide
+from pam_platform.access.policy import Rule, decide
 from pam_platform.access.rules import load_rules
 from pam_platform.accounts.models import User
 from pam_platform.accounts.oauth import revoke_tokens
 from pam_platform.fleet import inbox
 from pam_platform.fleet.models import Agent, EnrolToken, Gateway, Relay
+from pam_platform.recordings.models import RecordingPart
 from pam_platform.vault.models import VaultEntry
 
 #: A kill's reason: one line of the audit trail.
@@ -39,50 +44,71 @@ def kill(session: Session, actor: User | str, reason: str = "") -> None:
     """Cut a session. Raises RefusedError when it is over already."""
     name = actor if isinstance(actor, str) else actor.username
     text = f"killed by {name}" + (f": {reason}" if reason else "")
-    if not _end(session.pk, "kill", text):
+    if not _end([session.pk], "kill", text):
         raise RefusedError("the session is over already")
     audit.record(actor, "session.kill", session.pk, "ok", reason=reason, user=session.user_name)
 
 
 def end(session: Session, actor: User) -> None:
     """The client is done with it; not an error when it is over already."""
-    if _end(session.pk, "end", "ended by the client"):
+    if _end([session.pk], "end", "ended by the client"):
         audit.record(actor, "session.end", session.pk, "ok")
 
 
 def end_all(sessions: Iterable[Session], reason: str) -> int:
-    """Cut these sessions; returns how many were still running. The caller audits why."""
-    return sum(_end(session.pk, "kill", reason) for session in sessions)
+    """Cut these sessions; returns how many were still running. The caller has committed the reason, and
+    audits it."""
+    return len(_end([session.pk for session in sessions], "kill", reason))
+
+
+def disallowed() -> list[Session]:
+    """Every running session that would not be granted now."""
+    return [session for session in _disallowed() if session.is_running]
 
 
 def end_disallowed(reason: str = "policy no longer allows it") -> list[Session]:
     """Cut every running session that would not be granted now; returns those that were cut."""
+    lost = _disallowed()
+    ended = _end([session.pk for session in lost], "kill", reason)
+    return [session for session in lost if session.pk in ended]
+
+
+def _unended() -> QuerySet[Session]:
+    """Those to look at when some must end. An unused grant is among them even when it has run out: an
+    `open` that came in time may be about to commit. `_end` looks again once it has the lock."""
+    states = (Session.State.GRANTED, Session.State.ACTIVE)
+    return Session.objects.filter(state__in=states, session_end__gt=timezone.now())
+
+
+def _disallowed() -> list[Session]:
     rules = load_rules()
-    lost = []
-    for session in running().select_related("user", "account__resource__gateway", "agent"):
-        user, account, agent = session.user, session.account, session.agent
-        allowed = (
-            user is not None
-            and user.is_active
-            and account is not None
-            and account.path == session.account_name
-            and account.resource.gateway.name == session.gateway_name
-            and (agent is None or agent.state == Agent.State.ACTIVE)
-            and decide(rules, user.username, user.group_names(), account.path) is not None
-        )
-        if not allowed:
-            lost.append(session)
-    return [session for session in lost if _end(session.pk, "kill", reason)]
+    rows = _unended().select_related("user", "account__resource__gateway", "agent")
+    return [session for session in rows.prefetch_related("user__groups") if not _allowed(session, rules)]
 
 
-@transaction.atomic
+def _allowed(session: Session, rules: list[Rule]) -> bool:
+    user, account, agent = session.user, session.account, session.agent
+    return (
+        user is not None
+        and user.is_active
+        and account is not None
+        and account.path == session.account_name
+        and account.resource.gateway.name == session.gateway_name
+        and (agent is None or agent.state == Agent.State.ACTIVE)
+        and decide(rules, user.username, {group.name for group in user.groups.all()}, account.path)
+        is not None
+    )
+
+
 def disable_user(user: User, actor: User | str) -> int:
     """Disable a user, end their tokens and sessions; returns how many sessions were cut."""
-    user.is_active = False
-    user.save(update_fields=["is_active"])
-    revoke_tokens(user)
-    cut = end_all(running().filter(user=user), "the user was disabled")
-    audit.record(actor, "user.disable", user.username, "ok", sessions=cut)
+    with transaction.atomic():
+        user.is_active = False
+        user.save(update_fields=["is_active"])
+        revoke_tokens(user)
+    with transaction.atomic():
+        cut = end_all(_unended().filter(user=user), "the user was disabled")
+        audit.record(actor, "user.disable", user.username, "ok", sessions=cut)
     return cut
 
 
@@ -95,15 +121,11 @@ def enable_user(user: User, actor: User | str) -> None:
 
 
 def revoke_agent(agent: Agent, actor: User | str) -> int:
-    """Refuse the agent from now on and end its sessions; returns how many.
-
-    Two transactions on purpose: once the first is committed nothing can be opened on the agent any more,
-    so that the second finds every session there is. Locks are taken session first, then agent.
-    """
+    """Refuse the agent from now on and end its sessions; returns how many."""
     active = Agent.objects.filter(pk=agent.pk, state=Agent.State.ACTIVE)
     active.update(state=Agent.State.REVOKED, revoked=timezone.now())
     with transaction.atomic():
-        cut = end_all(running().filter(agent=agent), "its agent was revoked")
+        cut = end_all(_unended().filter(agent=agent), "its agent was revoked")
         audit.record(actor, "agent.revoke", agent.name, "ok", sessions=cut)
     return cut
 
@@ -121,10 +143,12 @@ def revoke_relay(relay: Relay, actor: User | str) -> None:
 def delete_gateway(gateway: Gateway, actor: User | str) -> int:
     """Delete a gateway with everything reached through it: its agents are revoked, its resources and
     their credentials go, its sessions end. Returns how many sessions were cut."""
-    for agent in gateway.agents.filter(state=Agent.State.ACTIVE):
-        revoke_agent(agent, actor)
+    # Without tokens nobody enrols any more, and without agents nothing is opened any more. The gateway goes
+    # together with its last sessions, so that its name can be given again when this breaks off before.
+    EnrolToken.objects.filter(gateway=gateway).delete()
+    cut = sum(revoke_agent(agent, actor) for agent in gateway.agents.filter(state=Agent.State.ACTIVE))
     with transaction.atomic():
-        cut = end_all(running().filter(gateway_name=gateway.name), "its gateway was deleted")
+        cut += end_all(_unended().filter(gateway_name=gateway.name), "its gateway was deleted")
         for resource in gateway.resources.all():
             delete_resource(resource)
         name = gateway.name
@@ -151,14 +175,29 @@ def delete_account(account: Account) -> None:
 
 
 @transaction.atomic
-def _end(session_id: str, kind: str, reason: str) -> bool:
-    """Mark the session ended and tell its agent; False when it was over already."""
-    session = Session.objects.select_for_update(of=("self",)).filter(pk=session_id).first()
-    if session is None or not session.is_running:
-        return False
-    session.state, session.ended = Session.State.ENDED, timezone.now()
-    session.end_reason, session.killed = reason[:200], kind == "kill"
-    session.save(update_fields=["state", "ended", "end_reason", "killed"])
-    if session.agent is not None:
-        inbox.post(session.agent, kind, session.pk, session.end_reason)
-    return True
+def _end(ids: Collection[str], kind: str, reason: str) -> set[str]:
+    """Mark these sessions as ended and tell their agents; returns those that were not over already.
+
+    All sessions are locked before the first agent, and each kind in one order: `open` locks its session, then
+    its agent, and nobody may wait in a circle.
+    """
+    rows = Session.objects.select_for_update(of=("self",)).filter(pk__in=ids).order_by("pk")
+    ended = {row.pk for row in rows if row.is_running}
+    reason = reason[:200]
+    Session.objects.filter(pk__in=ended).update(
+        state=Session.State.ENDED, ended=timezone.now(), end_reason=reason, killed=kind == "kill"
+    )
+    told = _opened_by(ended)
+    for agent in Agent.objects.filter(name__in=told).order_by("pk"):
+        inbox.post(agent, kind, *told[agent.name], reason=reason)
+    return ended
+
+
+def _opened_by(ids: Collection[str]) -> dict[str, list[str]]:
+    """The sessions of each agent that has opened some of these: where another one took over, the first may
+    have been silent only towards the platform, and still carry connections."""
+    found: dict[str, list[str]] = defaultdict(list)
+    parts = RecordingPart.objects.filter(session__in=ids).order_by("agent", "session")
+    for agent, session in parts.values_list("agent", "session").distinct():
+        found[agent].append(session)
+    return found

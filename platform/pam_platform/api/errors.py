@@ -32,6 +32,10 @@ _STATUS: tuple[tuple[type[PamError], int], ...] = (
 )
 
 
+#: For people who call, by what they are told; the pages show the same without.
+_HINTS = {"no such session": "pam-client sessions ls lists yours"}
+
+
 @dataclass(frozen=True)
 class Answer:
     """What an exception becomes."""
@@ -66,7 +70,7 @@ def _respond(api: NinjaAPI, request: HttpRequest, answer: Answer) -> HttpRespons
 def _pam_error(error: PamError) -> Answer:
     for kind, status in _STATUS:
         if isinstance(error, kind):
-            return Answer(status, str(error), error.hint)
+            return Answer(status, str(error), error.hint or _HINTS.get(str(error), ""))
     log.error("request failed", extra=kv(error=error))
     return Answer(500, "the platform is not set up right; its log says why")
 
@@ -74,7 +78,7 @@ def _pam_error(error: PamError) -> Answer:
 def _database_error(error: OperationalError) -> Answer:
     # Locked for too long, a deadlock, a server that is restarting: trying again helps.
     log.error("database failed", extra=kv(error=type(error).__name__))
-    return Answer(503, "the platform's database does not answer")
+    return Answer(503, "the platform's database does not answer", "try again in a moment")
 
 
 def _validation_error(error: ValidationError) -> Answer:

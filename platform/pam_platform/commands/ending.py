@@ -149,7 +149,7 @@ def kill_session(session_id: str, reason: str) -> None:
 
     \b
     Example:
-      pam-platform session kill s-aaaaaaaaaaaaaaaaaaaaaaaaaa --reason "maintenance"
+      pam-platform session kill s-aaaaaaaaaaaaaaaaaaaaaaaaaa --reason upgrade
     """
     start()
     from pam_platform.access import ending
@@ -215,5 +215,8 @@ def _show(title: str, rows: Sequence[Mapping[str, str | None]], as_json: bool) -
     if as_json:
         click.echo(json.dumps({title: rows}))
         return
-    for row in rows:
-        click.echo("  ".join(f"{value or '-':<20}" for value in row.values()).rstrip())
+    lines = [[value or "-" for value in row.values()] for row in rows]
+    # As wide as what is in them: four of a fixed width would wrap at 80 columns.
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        click.echo("  ".join(map(str.ljust, line, widths)).rstrip())

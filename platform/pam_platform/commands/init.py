@@ -26,18 +26,22 @@ def init(admin: str | None, password_file: Path | None) -> None:
     \b
     Examples:
       pam-platform --config platform.yml init
-      pam-platform --config platform.yml init --admin root --password-file root-password
+      pam-platform --config platform.yml init \\
+        --admin root --password-file root-password
     """
     settings = from_environment()
     assert settings is not None
     password = _password(admin, password_file)
     _make_files(settings)
     start(initialised=False)
-    _migrate(settings)
-    _make_vault()
-    _make_keys()
-    if admin is not None:
-        _make_admin(admin, password)
+    from pam_platform.vault import master
+
+    with master.locked():
+        _migrate(settings)
+        _make_vault()
+        _make_keys()
+        if admin is not None:
+            _make_admin(admin, password)
     _print_next_steps(settings, admin)
 
 

@@ -63,8 +63,8 @@ def rotate(purpose: str, at_once: bool) -> None:
 
     \b
     Examples:
-      pam-platform keys rotate grant          publishes a next key
-      pam-platform keys rotate grant          eight days later: it signs from now on
+      pam-platform keys rotate grant  # publishes a next key
+      pam-platform keys rotate grant  # eight days later: it signs from now on
     """
     settings = start()
     from pam_platform import audit

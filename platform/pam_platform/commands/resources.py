@@ -54,7 +54,8 @@ def scan(name: str, agent_name: str | None, accepted: tuple[str, ...], wait: int
     \b
     Examples:
       pam-platform resource scan web-01
-      pam-platform resource scan web-01 --accept SHA256:+DiY3wvvV6TuJJhbpZisF/zLDA0zPMSvHdkr4UvCOqU
+      pam-platform resource scan web-01 \\
+        --accept SHA256:+DiY3wvvV6TuJJhbpZisF/zLDA0zPMSvHdkr4UvCOqU
     """
     start()
     from pam_platform.access import scanning

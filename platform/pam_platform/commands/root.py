@@ -37,7 +37,8 @@ def main(config_path: Path) -> None:
 
     \b
     A first installation:
-      pam-platform --config platform.yml init --admin root --password-file root-password
+      pam-platform --config platform.yml init \\
+        --admin root --password-file root-password
       pam-platform --config platform.yml apply -f access.yml
       pam-platform --config platform.yml serve
     """

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from django.db import DatabaseError, close_old_connections, connection, transaction
+from django.db import close_old_connections, connection, transaction
+from django.db.models import Exists, OuterRef
 from django.utils import timezone
 
 from pam_common.logging import get_logger, kv
@@ -39,21 +40,23 @@ SEEN_INTERVAL = timedelta(seconds=10)
 
 
 def post(
-    agent: Agent, kind: str, session: str = "", reason: str = "", details: dict[str, Any] | None = None
+    agent: Agent, kind: str, *sessions: str, reason: str = "", details: dict[str, Any] | None = None
 ) -> None:
-    """Queue a message; it is seen once the surrounding transaction has committed."""
+    """Queue a message, one for each of ``sessions`` if it is about such; they are seen once the surrounding
+    transaction has committed."""
     with transaction.atomic():
         locked = Agent.objects.select_for_update().get(pk=agent.pk)
-        locked.inbox_number += 1
+        for session in sessions or ("",):
+            locked.inbox_number += 1
+            InboxMessage.objects.create(
+                agent=locked,
+                number=locked.inbox_number,
+                kind=kind,
+                session=session,
+                reason=reason[:200],
+                details=details or {},
+            )
         locked.save(update_fields=["inbox_number"])
-        InboxMessage.objects.create(
-            agent=locked,
-            number=locked.inbox_number,
-            kind=kind,
-            session=session,
-            reason=reason[:200],
-            details=details or {},
-        )
         InboxMessage.objects.filter(agent=locked, created__lt=timezone.now() - RETENTION).delete()
 
 
@@ -110,18 +113,26 @@ class Waiting:
     def _place(self, agent: int, after: int) -> Iterator[_Waiter | None]:
         waiter = _Waiter(agent, after)
         with self._lock:
-            full = self._stopped or len(self._waiters) >= self.limit
+            full = self._stopped or len(self._waiters) >= self.limit or not self._watched()
             if not full:
                 self._waiters.append(waiter)
-                if not self._watching:
-                    self._watching = True
-                    threading.Thread(target=self._watch, name="inbox-watch", daemon=True).start()
         try:
             yield None if full else waiter
         finally:
             with self._lock:
                 if not full:
                     self._waiters.remove(waiter)
+
+    def _watched(self) -> bool:
+        """Have somebody look for news; False when no thread can be started now. The lock is held."""
+        if not self._watching:
+            try:
+                threading.Thread(target=self._watch, name="inbox-watch", daemon=True).start()
+            except RuntimeError as error:
+                log.warning("inbox not watched", extra=kv(error=str(error)))
+                return False
+            self._watching = True
+        return True
 
     def _watch(self) -> None:
         """Look for news until nobody waits."""
@@ -142,7 +153,7 @@ class Waiting:
             close_old_connections()
             agents = Agent.objects.filter(pk__in={waiter.agent for waiter in waiters}, state="active")
             numbers = dict(agents.values_list("pk", "inbox_number"))
-        except DatabaseError as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, those who wait have nobody else who looks
             log.warning("inbox not readable", extra=kv(error=type(error).__name__))
             return True
         for waiter in waiters:
@@ -193,11 +204,12 @@ def poll(agent: Agent, after: int, wait: float) -> dict[str, Any]:
 
 
 def _unfinished(agent: Agent) -> list[dict[str, Any]]:
-    """What an agent without a cursor must still hear: sessions that were ended and that it never closed."""
-    rows = agent.messages.filter(
-        kind__in=("kill", "end"),
-        session__in=Session.objects.filter(agent=agent, closed=None, state="ended").values("pk"),
-    )
+    """What an agent without a cursor must still hear: sessions that were ended and that nobody has closed.
+
+    It was told of those in which it began a part, also when another agent has taken one over since.
+    """
+    unclosed = Session.objects.filter(pk=OuterRef("session"), closed=None, state="ended")
+    rows = agent.messages.filter(Exists(unclosed), kind__in=("kill", "end"))
     return [_shown(row) for row in rows.order_by("-number")[:MAX_MESSAGES]]
 
 

@@ -20,7 +20,7 @@ from pam_common.errors import PamError, RefusedError
 from pam_common.keys import KEY_SIZE, KeyEntry, SigningKey, VerifyKeys, b64decode, b64encode, key_id
 from pam_common.secure_channel import x25519_public
 from pam_platform import config
-from pam_platform.vault import store
+from pam_platform.vault import master, store
 from pam_platform.vault.models import PlatformKey
 
 GRANT = "grant"
@@ -104,6 +104,7 @@ def recording_private_keys() -> list[bytes]:
     return [store.reveal(row.private) for row in rows]
 
 
+@master.locked()
 def rotate(purpose: str, *, at_once: bool = False) -> PlatformKey:
     """One step of a rotation: publish a next key, or let the published one take over.
 

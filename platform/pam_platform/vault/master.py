@@ -4,18 +4,22 @@ In this order: ``vault_key`` of platform.yml, the systemd credential ``vault-key
 ``PAM_VAULT_KEY_FILE`` names, and else ``keys/vault.key`` in the state folder, which ``init`` makes.
 
 The file holds one key a line, 32 bytes in base64url: the first seals, all open. That is how two overlap
-while entries are re-keyed.
+while entries are re-keyed. Commands that seal or re-key hold `locked` for as long as they run.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pam_common.errors import ConfigError
+from pam_common.errors import ConfigError, UnavailableError
 from pam_common.files import read_private, write_private
 from pam_common.keys import KEY_SIZE, b64decode, b64encode
 from pam_platform import config
@@ -26,6 +30,9 @@ FILE_VARIABLE = "PAM_VAULT_KEY_FILE"
 #: The current key and those being re-keyed away from; more is a mistake.
 MAX_MASTER_KEYS = 8
 _MAX_FILE = 4096
+#: An apply of thousands of accounts, or a re-keying, is done by then.
+LOCK_TIMEOUT = 60
+_LOCK_PAUSE = 0.1
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,53 @@ def load(*, fresh: bool = False) -> MasterKeys:
         if fresh or _loaded is None or _loaded[0] != where:
             _loaded = where, MasterKeys(read(where))
         return _loaded[1]
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    """Let no other process seal or re-key meanwhile; for commands, as the server does neither.
+
+    What an apply has sealed and not committed yet a re-keying cannot see: it would drop its key, and with it
+    the secrets. Raises UnavailableError when another command does not end. The lock is the kernel's and ends
+    with the process.
+    """
+    global _loaded
+    fd = _open_lock(config.current().keys_dir)
+    try:
+        _await_lock(fd)
+        with _lock:
+            _loaded = None  # whoever had the lock may have re-keyed
+        yield
+    finally:
+        os.close(fd)
+
+
+def _open_lock(folder: Path) -> int:
+    path = folder / "lock"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        if os.geteuid() == 0:  # made by root, it would shut the service's own user out
+            owner = folder.stat()
+            os.fchown(fd, owner.st_uid, owner.st_gid)
+    except OSError as error:
+        raise ConfigError(
+            [f"cannot lock {path}: {error.strerror}"], hint="run it as the user that the keys belong to."
+        ) from None
+    return fd
+
+
+def _await_lock(fd: int) -> None:
+    deadline = time.monotonic() + LOCK_TIMEOUT
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    "another pam-platform apply, init, keys rotate or vault rekey is running",
+                    hint="try again when it is done.",
+                ) from None
+        time.sleep(_LOCK_PAUSE)
 
 
 def read(where: Source) -> list[MasterKey]:

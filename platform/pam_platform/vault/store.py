@@ -33,6 +33,7 @@ def reveal(entry: VaultEntry) -> bytes:
     return unseal(_sealed(entry), _master_of(entry), entry.id, entry.version)
 
 
+@master.locked()
 def rekey() -> tuple[str, int]:
     """Put every entry under a new master key; returns its id and how many entries were moved.
 

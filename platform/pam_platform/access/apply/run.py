@@ -1,4 +1,4 @@
-"""One apply: check references, write every kind, prune, end what is no longer allowed. All or nothing."""
+"""One apply: check references, write every kind, prune: all or nothing. Then end what lost its right."""
 
 from __future__ import annotations
 
@@ -13,45 +13,55 @@ from pam_platform.access import ending
 from pam_platform.access.apply import sync
 from pam_platform.access.apply.changes import Change
 from pam_platform.access.apply.document import Document
-from pam_platform.access.models import Account, Policy, Resource
+from pam_platform.access.apply.hashes import Hashes
+from pam_platform.access.models import Account, Policy, Resource, Session
 from pam_platform.accounts.models import Group, User
 from pam_platform.accounts.oauth import revoke_tokens
 from pam_platform.fleet import inbox
 from pam_platform.fleet.models import Agent, EnrolToken, Gateway, Relay
+from pam_platform.vault import master
 
 
 class _DryRun(Exception):  # noqa: N818  # not an error: it carries the transaction's end
     pass
 
 
+@master.locked()
 def apply(document: Document, *, prune: bool, dry_run: bool, actor: str) -> list[Change]:
     """Make the database say what ``document`` says and return what that changes.
 
     ``prune`` removes what the document does not name; else it is kept and reported so. With ``dry_run``
     the same is done and taken back. Raises ConfigError for references to nothing.
+
+    Sessions are ended once the rest is committed (see ``ending``). Should this break off in between, the next
+    apply ends them, also one of the same file.
     """
     changes: list[Change] = []
+    hashes = Hashes(document.users)
     try:
         with transaction.atomic():
             _check_references(document, prune=prune)
-            changes += _sync_all(document)
+            changes += _sync_all(document, hashes)
             changes += _prune(document) if prune else _kept(document)
-            changes += _end_disallowed()
             if any(change.kind == "relay" and change.action != "keep" for change in changes):
                 inbox.post_reload()
             _require_admin(prune)
             _audit(changes, actor)
             if dry_run:
+                changes += _ends(ending.disallowed())
                 raise _DryRun
     except _DryRun:
-        pass
-    return changes
+        return changes
+    with transaction.atomic():
+        ended = _ends(ending.end_disallowed())
+        _audit(ended, actor)
+    return changes + ended
 
 
-def _sync_all(document: Document) -> Iterator[Change]:
+def _sync_all(document: Document, hashes: Hashes) -> Iterator[Change]:
     """In the order in which things refer to each other."""
     yield from sync.groups(document.groups)
-    yield from sync.users(document.users)
+    yield from sync.users(document.users, hashes)
     yield from sync.gateways(document.gateways)
     yield from sync.relays(document.relays)
     yield from sync.resources(document.resources)
@@ -107,6 +117,7 @@ def _prune(document: Document) -> Iterator[Change]:
             case Resource():
                 ending.delete_resource(row)
             case Gateway():
+                EnrolToken.objects.filter(gateway=row).delete()
                 _revoke_agents(row)
                 row.delete()
             case Relay():
@@ -145,9 +156,11 @@ def _revoke_agents(gateway: Gateway) -> None:
     active.update(state=Agent.State.REVOKED, revoked=timezone.now())
 
 
-def _end_disallowed() -> Iterator[Change]:
-    for session in ending.end_disallowed():
-        yield Change("end", "session", f"{session.pk} of {session.user_name} on {session.account_name}")
+def _ends(sessions: list[Session]) -> list[Change]:
+    return [
+        Change("end", "session", f"{session.pk} of {session.user_name} on {session.account_name}")
+        for session in sessions
+    ]
 
 
 def _require_admin(prune: bool) -> None:

@@ -6,16 +6,17 @@ import hmac
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from django.contrib.auth.hashers import check_password
+from allauth.idp.oidc.models import Client
 from django.db.models import Model
 
 from pam_common.errors import ConfigError
 from pam_platform.access.apply import document
 from pam_platform.access.apply.changes import SECRET, Change
+from pam_platform.access.apply.hashes import Hashes
 from pam_platform.access.apply.secrets import NamedSecrets
 from pam_platform.access.models import Account, Policy, Resource
 from pam_platform.accounts.models import Group, User
-from pam_platform.accounts.oauth import ensure_service_client
+from pam_platform.accounts.oauth import ensure_service_client, revoke_tokens
 from pam_platform.fleet.models import Gateway, Relay
 from pam_platform.vault import keys, store
 from pam_platform.vault.models import VaultEntry
@@ -115,7 +116,7 @@ def policies(wanted: Iterable[document.Policy]) -> Iterator[Change]:
         )
 
 
-def users(wanted: Iterable[document.User]) -> Iterator[Change]:
+def users(wanted: Iterable[document.User], hashes: Hashes) -> Iterator[Change]:
     """Users with groups, roles, password or client secret; one that was disabled stays so."""
     by_name = {group.name: group for group in Group.objects.all()}
     for item in wanted:
@@ -127,16 +128,23 @@ def users(wanted: Iterable[document.User]) -> Iterator[Change]:
         if had != item.groups:
             shown["groups"] = (list(had), list(item.groups))
         row = row or User(username=item.name, is_service=item.service)
-        if item.password is not None and not check_password(item.password, row.password or "!"):
+        if item.password is not None and not hashes.match(item.password, row.password):
             shown["password"] = (None if row._state.adding else SECRET, SECRET)
-            row.set_password(item.password)
+            row.password = hashes.password(item)
+            if not row._state.adding:
+                # Whoever knew the old one may hold some; web sessions end with the hash they name.
+                revoke_tokens(row)
         elif row._state.adding:
             row.set_unusable_password()
-        yield from _write_user(row, item, by_name, shown)
+        yield from _write_user(row, item, by_name, shown, hashes)
 
 
 def _write_user(
-    row: User, item: document.User, by_name: dict[str, Group], shown: dict[str, tuple[Any, Any]]
+    row: User,
+    item: document.User,
+    by_name: dict[str, Group],
+    shown: dict[str, tuple[Any, Any]],
+    hashes: Hashes,
 ) -> Iterator[Change]:
     changes = list(
         _write(
@@ -150,7 +158,7 @@ def _write_user(
         )
     )
     row.groups.set([by_name[name] for name in item.groups])
-    if item.client_secret is not None and ensure_service_client(row, item.client_secret):
+    if item.client_secret is not None and _set_client_secret(row, item.client_secret, hashes):
         added = bool(changes) and changes[0].action == "add"
         fields = changes[0].fields if changes else {}
         old = None if added else SECRET
@@ -160,6 +168,14 @@ def _write_user(
             )
         ]
     yield from changes
+
+
+def _set_client_secret(row: User, secret: str, hashes: Hashes) -> bool:
+    """Whether that changed anything; `ensure_service_client` compares slowly, and only when it may."""
+    client = Client.objects.filter(id=row.username, owner=row).first()
+    if client is not None and hashes.match(secret, client.secret):
+        return False
+    return ensure_service_client(row, secret)
 
 
 def _sync_secrets(row: Account, item: document.Account) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
