@@ -191,6 +191,15 @@ def test_verification_is_shown(log_in, recorded):
     assert "verified" in answer.content.decode()
 
 
+def test_a_part_that_is_lost_is_shown_as_damage(log_in, recorded):
+    recorded.part = 2
+    recorded.save()
+    answer = submit(log_in("alice"), f"/sessions/{recorded.pk}", {}, f"/sessions/{recorded.pk}/verify")
+    page = answer.content.decode()
+    assert page.index("verified") < page.index("the recording is lost")
+    assert "damaged" in page
+
+
 @pytest.mark.parametrize(
     ("name", "groups", "roles", "listed", "content"),
     [

@@ -9,7 +9,10 @@ from pathlib import Path
 from pam_common.errors import PamError
 from pam_common.recording import Head, VerifyReport, parse_part_name, verify_part
 from pam_common.tokens import b64decode
+from pam_platform.access.models import Session
+from pam_platform.audit.models import AuditEvent
 from pam_platform.recordings.models import RecordingPart, Witness
+from pam_platform.recordings.receipts import ACTION as LOST
 from pam_platform.recordings.store import PartStore
 
 
@@ -73,6 +76,23 @@ def check(part: RecordingPart) -> PartCheck:
         chunks=report.chunks,
         bytes=size,
     )
+
+
+def check_session(session: Session) -> list[PartCheck]:
+    """Verify all that there is of a session, and name what should be there and is not. Nothing: nothing was
+    recorded."""
+    # The lost last: whoever fetches the parts one by one has those that are there before one that is not.
+    lost = [PartCheck(session.pk, number, "unknown", ("the recording is lost",)) for number in _lost(session)]
+    return [check(part) for part in session.parts.all()] + lost
+
+
+def _lost(session: Session) -> list[int]:
+    """Parts that were begun and are not here: each one that an agent was let into the session for, and those
+    of which a database restored from a backup knows only what their agent told (see ``receipts``)."""
+    begun = set(range(1, session.part + 1))
+    told = AuditEvent.objects.filter(action=LOST, object__startswith=f"{session.pk}.")
+    begun |= {int(name.rpartition(".")[2]) for name in told.values_list("object", flat=True)}
+    return sorted(begun - {part.number for part in session.parts.all()})
 
 
 def verify_all() -> Iterator[PartCheck]:

@@ -14,11 +14,9 @@ from pam_platform.access.errors import NotFoundError
 from pam_platform.access.listing import find
 from pam_platform.access.models import Session
 from pam_platform.accounts.api import UserAuth, caller
-from pam_platform.audit.models import AuditEvent
 from pam_platform.recordings import rights
-from pam_platform.recordings.checks import PartCheck, check
+from pam_platform.recordings.checks import check_session
 from pam_platform.recordings.models import RecordingPart
-from pam_platform.recordings.receipts import ACTION
 from pam_platform.recordings.store import PartStore
 from pam_platform.recordings.viewing import ndjson
 
@@ -57,9 +55,7 @@ def get_events(request: HttpRequest, session: SessionId) -> HttpResponseBase:
 def get_verdict(request: HttpRequest, session: SessionId) -> dict[str, Any]:
     """Whether every part is what its agent signed. No parts and ``ok``: nothing was recorded."""
     found = _viewable(request, session, "verify")
-    checks = [check(part) for part in found.parts.all()]
-    # Last: whoever fetches the parts one by one has those that are there before one that is not.
-    checks += [PartCheck(found.pk, number, "unknown", ("the recording is lost",)) for number in _lost(found)]
+    checks = check_session(found)
     parts = [{**vars(one), "ok": one.ok, "problems": list(one.problems)} for one in checks]
     return {"ok": all(one.ok for one in checks), "parts": parts}
 
@@ -78,15 +74,6 @@ def get_raw(request: HttpRequest, session: SessionId, number: PartNumber) -> Htt
         filename=part_name(found.pk, number),
         content_type="application/octet-stream",
     )
-
-
-def _lost(session: Session) -> list[int]:
-    """Parts that were begun and are not here: each one that an agent was let into the session for, and those
-    of which a database restored from a backup knows only what their agent told (see ``receipts``)."""
-    begun = set(range(1, session.part + 1))
-    told = AuditEvent.objects.filter(action=ACTION, object__startswith=f"{session.pk}.")
-    begun |= {int(name.rpartition(".")[2]) for name in told.values_list("object", flat=True)}
-    return sorted(begun - {part.number for part in session.parts.all()})
 
 
 def _viewable(request: HttpRequest, session: str, what: str, **details: object) -> Session:

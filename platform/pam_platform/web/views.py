@@ -22,7 +22,7 @@ from pam_platform.access.listing import STATES, find
 from pam_platform.access.models import Session
 from pam_platform.accounts.models import User
 from pam_platform.recordings import rights
-from pam_platform.recordings.checks import check
+from pam_platform.recordings.checks import check_session
 from pam_platform.recordings.models import RecordingPart
 from pam_platform.recordings.viewing import events_of
 from pam_platform.web import events as event_rows
@@ -99,7 +99,7 @@ def kill(request: HttpRequest, session_id: str) -> HttpResponse:
 def verify(request: HttpRequest, session_id: str) -> HttpResponse:
     """Verify every part and show what was found; POST, for it reads whole files."""
     found = _viewable(request, session_id, "verify")
-    checks = [check(part) for part in found.parts.all()]
+    checks = check_session(found)
     return render(request, "web/verify.html", {"session": listing.row(found), "checks": checks})
 
 
