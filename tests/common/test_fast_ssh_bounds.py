@@ -12,7 +12,7 @@ from typing import Any
 import paramiko
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from paramiko.common import MSG_GLOBAL_REQUEST
+from paramiko.common import MSG_CHANNEL_DATA, MSG_GLOBAL_REQUEST
 from patience import Metronome
 
 from pam_common import fast_ssh, ssh_certs
@@ -319,3 +319,26 @@ def test_what_is_sent_earns_key_exchanges_whichever_key_changes_first(
         side._count_exchange(old)
         if not outgoing_first:
             side._use_key(Key(AESGCM(bytes(16)), bytes(12)))
+
+
+def test_who_waits_for_a_low_queue_is_told_before_it_is_empty(
+    sockets: tuple[socket.socket, socket.socket],
+) -> None:
+    """A connection is not to run dry while those who may send again hear of it."""
+    ours, peers = packets.Packets(sockets[0]), sockets[1]
+    left: list[tuple[int, int]] = []
+    for _ in range(100):
+        ours.queue(bytes((MSG_CHANNEL_DATA,)) + bytes(30_000))
+    queued = ours.queued
+    for _ in range(2):
+        ours.when_low(queued // 2, lambda waited: left.append((waited, ours.queued)))
+    assert ours.awaited
+    assert not left
+    ours.flush_soon()
+    peers.settimeout(60)
+    got = 0
+    while got < 100 * 30_000:
+        got += len(peers.recv(1 << 16))
+    assert [waited for waited, _ in left] == [2, 2]
+    assert all(0 < size <= queued // 2 for _, size in left)
+    assert not ours.awaited

@@ -120,7 +120,7 @@ class Outgoing:
         left = self.max_queued - self.queued
         if left > self.max_queued // 16:
             return False
-        return share > self.max_queued // 256 or left < self.max_queued // 32
+        return share > self.max_queued // 4096 or left < self.max_queued // 32
 
     def send_soon(self, payload: bytes) -> None:
         """Send one packet without ever blocking: what the socket does not take is sent by others.
@@ -144,12 +144,16 @@ class Outgoing:
         """The second half: send what is queued, as far as it goes without waiting."""
         # When the lock is taken, its owner looks at the queue once more after releasing it.
         while self._queue and self._lock.acquire(blocking=False):
+            start = False
             try:
-                if self._flush(wait=False):
-                    continue
-                start, self._flusher = not self._flusher, True
+                sent = self._flush(wait=False, pause=True)
+                if not sent:
+                    start, self._flusher = not self._flusher, True
             finally:
                 self._lock.release()
+            if sent:
+                self._tell_drained()
+                continue
             if start:
                 threading.Thread(target=self._flush_later, name="ssh-flush", daemon=True).start()
             return
@@ -193,19 +197,20 @@ class Outgoing:
     def _release(self) -> None:
         """Release the lock, then serve what was queued by those who found it taken."""
         self._lock.release()
+        self._tell_drained()
         while self._queue and self._lock.acquire(blocking=False):
             try:
-                self._flush(wait=True)
+                self._flush(wait=True, pause=True)
             finally:
                 self._lock.release()
-        self._tell_drained()
+            self._tell_drained()
 
     def _flush_later(self) -> None:
         """Wait for the socket in the reader's stead; the only thread of its kind per connection."""
         self._lock.acquire()
         try:
             self._flusher = False
-            self._flush(wait=True)
+            self._flush(wait=True, pause=True)
         except EOFError:
             self.close()
         finally:
@@ -213,11 +218,12 @@ class Outgoing:
             with contextlib.suppress(EOFError):
                 self._release()
 
-    def _flush(self, *, wait: bool) -> bool:
-        """Send the queue, holding the lock. Returns False when the socket would block."""
+    def _flush(self, *, wait: bool, pause: bool = False) -> bool:
+        """Send the queue, holding the lock. Returns False when the socket would block; with ``pause`` also
+        returns when those who wait for a low queue are to be told."""
         if self._unsent and not self._write(self._unsent, wait=wait):
             return False
-        while self._queue:
+        while self._queue and not (pause and self._low and self.queued <= self._low_at):
             batch = self._next_batch()
             if batch and not self._write(batch, wait=wait):
                 return False
