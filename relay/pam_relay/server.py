@@ -43,8 +43,8 @@ OPEN_TIMEOUT = 10.0
 #: How many tunnels are tried for one channel when the first turns out to be dead.
 OPEN_TRIES = 3
 #: Bytes that may wait for one link. Room is given by the ends and held back while a link is behind, so that
-#: little more than first windows can pile up, and those of all channels together fill half of it. A channel
-#: that finds it full is cut.
+#: little more than first windows can pile up, and those of all channels together fill half of it. Who fills
+#: it all the same is cut (``Switch``), not the link.
 MAX_QUEUED = 256 << 20
 #: How often time limits are looked at.
 CLOCK_STEP = 0.5

@@ -144,11 +144,10 @@ class Outgoing:
         """The second half: send what is queued, as far as it goes without waiting."""
         # When the lock is taken, its owner looks at the queue once more after releasing it.
         while self._queue and self._lock.acquire(blocking=False):
-            start = False
             try:
                 sent = self._flush(wait=False, pause=True)
-                if not sent:
-                    start, self._flusher = not self._flusher, True
+                start = not sent and not self._flusher
+                self._flusher |= start
             finally:
                 self._lock.release()
             if sent:

@@ -7,7 +7,7 @@ what they carry.
 The windows are those of the two ends: who reads slowly gives no room, and so the writer at the other end
 waits. What a peer may have under way is bounded twice: by its channel's window, which each ChannelStream
 checks, and by the connection that it goes to: while that is behind it gives no more room to anybody, and then
-to all who waited alike. A channel that finds its queue full all the same is cut, and no other.
+to all who waited alike. A channel that fills its queue all the same is cut, and no other.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def find(user: User, session_id: str) -> Session:
     session = Session.objects.filter(pk=session_id).prefetch_related("parts").first()
     if session is None or not may_know(user, session):
         audit.record(user, "session.find", session_id, "refused")
-        raise NotFoundError("no such session")
+        raise NotFoundError("no such session", hint="pam-client sessions ls lists yours")
     return session
 
 

@@ -32,10 +32,6 @@ _STATUS: tuple[tuple[type[PamError], int], ...] = (
 )
 
 
-#: For people who call, by what they are told; the pages show the same without.
-_HINTS = {"no such session": "pam-client sessions ls lists yours"}
-
-
 @dataclass(frozen=True)
 class Answer:
     """What an exception becomes."""
@@ -70,7 +66,7 @@ def _respond(api: NinjaAPI, request: HttpRequest, answer: Answer) -> HttpRespons
 def _pam_error(error: PamError) -> Answer:
     for kind, status in _STATUS:
         if isinstance(error, kind):
-            return Answer(status, str(error), error.hint or _HINTS.get(str(error), ""))
+            return Answer(status, str(error), error.hint)
     log.error("request failed", extra=kv(error=error))
     return Answer(500, "the platform is not set up right; its log says why")
 
