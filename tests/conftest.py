@@ -9,6 +9,23 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
+_shown: list[pytest.TerminalReporter] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and not hasattr(config, "workerinput"):
+        _shown.append(reporter)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Name what failed at once: a run that is ended from outside has no summary."""
+    if report.failed:
+        for reporter in _shown:
+            reporter.write_line("")
+            reporter.write_line(f"failed after {report.duration:.0f} s: {report.nodeid}")
+
+
 # A machine that does something else for a moment is no finding.
 hypothesis.settings.register_profile(
     "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
