@@ -13,7 +13,7 @@ import click
 
 from pam_agent import config, enrolment
 from pam_agent.gateway import Gateway
-from pam_common import cli, logging
+from pam_common import cli, logging, memory
 from pam_common.daemon import Notifier, read_status, run_until_signal
 from pam_common.errors import PamError
 
@@ -103,6 +103,7 @@ def run(config_path: Path) -> None:
     """
     settings = config.load(config_path)
     logging.setup(settings.log_level)
+    memory.keep_some()
     gateway = Gateway(settings)
     # What is there now stays: the look for garbage after each session need not go through it (10 ms).
     gc.freeze()

@@ -36,11 +36,11 @@ class CountedStream:
         self.bytes_up += len(data)
         return data
 
-    def deliver_to(self, take: Callable[[bytes], int]) -> None:
+    def deliver_to(self, take: Callable[[memoryview], int]) -> None:
         if not isinstance(self._stream, DeliveringStream):
             return
 
-        def counted(data: bytes) -> int:
+        def counted(data: memoryview) -> int:
             self.bytes_up += len(data)
             taken = take(data)
             self.bytes_up -= len(data) - taken  # recv counts the rest

@@ -15,7 +15,7 @@ from pam_client.commands.resources import completion, ls
 from pam_client.commands.sessions import sessions
 from pam_client.commands.ssh import ssh_config, ssh_proxy
 from pam_client.home import Home
-from pam_common import logging
+from pam_common import logging, memory
 from pam_common.cli import run
 
 _EXIT_CODES = """\b
@@ -54,6 +54,7 @@ Environment:
 def cli(ctx: click.Context, platform: str | None, verbose: int) -> None:
     """Reach private databases, servers and web applications without a password in your hands."""
     logging.setup(("warning", "info", "debug")[min(verbose, 2)])
+    memory.keep_some()
     ctx.obj = App(home=Home(), platform=platform)
 
 

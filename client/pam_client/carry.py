@@ -217,7 +217,7 @@ class Carrier:
                 self.abort()
                 return
 
-    def _hand(self, data: bytes) -> int:
+    def _hand(self, data: memoryview) -> int:
         """Channel → program in the thread that reads the ssh connection, which must not wait."""
         self._seen = None
         try:

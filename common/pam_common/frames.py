@@ -16,7 +16,7 @@ from enum import IntEnum
 
 from pam_common.errors import AuthenticationError, ProtocolError
 from pam_common.noise import MAX_MESSAGE, TAGLEN, CipherState
-from pam_common.stream import Data
+from pam_common.stream import ROOM, Data
 
 PREFIX = 2
 #: The most bytes of data one frame can carry.
@@ -78,6 +78,10 @@ class MessageReader:
         """Whether ``next`` would return None."""
         return not self._chunk
 
+    def keep(self) -> None:
+        """What was fed is about to be overwritten."""
+        self._chunk = memoryview(bytes(self._chunk))
+
     def next(self) -> memoryview | None:
         """Return the next complete message without its prefix, or None when more must be fed."""
         if self._partial:
@@ -113,11 +117,12 @@ class MessageReader:
 
 
 class FrameWriter:
-    """Encrypts frames into one buffer that it owns; what it returns is valid until its next call."""
+    """Encrypts frames into ``memory`` of its own, from ROOM on and with as much room behind them, so that who
+    sends them may wrap them there. What it returns is valid until its next call."""
 
     def __init__(self, cipher: CipherState) -> None:
         self._cipher = cipher
-        self._buffer = bytearray(SMALL_BUFFER)
+        self.memory = memoryview(bytearray(SMALL_BUFFER))
         #: Bytes of data so far.
         self.sent = 0
 
@@ -125,16 +130,16 @@ class FrameWriter:
         """Return sealed DATA frames for ``data``, at most BATCH_DATA bytes."""
         frames = -(-len(data) // MAX_DATA)
         out = self._reserve(len(data) + frames * OVERHEAD)
-        end = 0
+        end = ROOM
         for start in range(0, len(data), MAX_DATA):
             end = self._seal(out, end, _DATA, data[start : start + MAX_DATA])
         self.sent += len(data)
-        return out[:end]
+        return out[ROOM:end]
 
     def control(self, frame_type: FrameType, body: bytes) -> memoryview:
         """Return one sealed frame."""
         out = self._reserve(len(body) + OVERHEAD)
-        return out[: self._seal(out, 0, frame_type, memoryview(body))]
+        return out[ROOM : self._seal(out, ROOM, frame_type, memoryview(body))]
 
     def _seal(self, out: memoryview, at: int, frame_type: int, body: memoryview) -> int:
         start = at + PREFIX
@@ -149,10 +154,10 @@ class FrameWriter:
         return end
 
     def _reserve(self, size: int) -> memoryview:
-        if size > len(self._buffer):
+        if size + 2 * ROOM > len(self.memory):
             # Straight to the full size: who sends 4 KiB at once sends more.
-            self._buffer = bytearray(BATCH_FRAMES * (PREFIX + MAX_MESSAGE))
-        return memoryview(self._buffer)
+            self.memory = memoryview(bytearray(BATCH_FRAMES * (PREFIX + MAX_MESSAGE) + 2 * ROOM))
+        return self.memory
 
 
 class FrameReader:
@@ -170,13 +175,18 @@ class FrameReader:
 
     def take(self, size: int) -> bytes:
         """Return 1 to ``size`` bytes of verified data, or none."""
-        start = self._start
-        self._start = end = min(start + size, self._end)
-        return bytes(memoryview(self._plain)[start:end])
+        data = bytes(self.waiting[:size])
+        self.skip(len(data))
+        return data
 
-    def give_back(self, size: int) -> None:
-        """The last ``size`` bytes of the last ``take`` are to be taken again."""
-        self._start -= size
+    @property
+    def waiting(self) -> memoryview:
+        """The verified data that was not taken yet; valid until the next ``fill``."""
+        return memoryview(self._plain)[self._start : self._end]
+
+    def skip(self, size: int) -> None:
+        """Take ``size`` bytes of what is waiting."""
+        self._start += size
 
     @property
     def drained(self) -> bool:
@@ -191,6 +201,12 @@ class FrameReader:
     def feed(self, chunk: Data) -> None:
         """Add ciphertext. Only when all data was taken and ``fill`` found nothing."""
         self._messages.feed(chunk)
+
+    def keep(self) -> None:
+        """What was fed is about to be overwritten: keep what of it was not looked at yet."""
+        self._messages.keep()
+        if self._next is not None:
+            self._next = memoryview(bytes(self._next))
 
     def fill(self) -> Frame | None:
         """Decrypt what was fed, up to a batch of data or to a control frame, which is returned.

@@ -34,7 +34,7 @@ from pam_common.frames import (
 )
 from pam_common.handshake import initiate, respond
 from pam_common.noise import MAX_MESSAGE, HandshakeState, generate_x25519, x25519_public
-from pam_common.stream import Data, Stream
+from pam_common.stream import ROOM, Data, InPlaceStream, Stream
 
 __all__ = ["SecureChannel", "deadline", "generate_x25519", "x25519_public"]
 
@@ -113,6 +113,7 @@ class SecureChannel:
         self._stream = stream
         self._peer_name = peer_name
         self._writer = FrameWriter(sending)
+        self._in_place = stream.sendall_in_place if isinstance(stream, InPlaceStream) else None
         self._reader = FrameReader(receiving, messages)
         self._turn = _Turn()  # to send
         self._send_ended = False
@@ -212,7 +213,7 @@ class SecureChannel:
             raise self._truncated("no end was announced")
         self._reader.feed(chunk)
 
-    def deliver_to(self, take: Callable[[bytes], int], /) -> None:
+    def deliver_to(self, take: Callable[[memoryview], int], /) -> None:
         """See :class:`~pam_common.stream.DeliveringStream`. Where the stream below has no thread that reads
         it, nothing changes."""
         step_with = getattr(self._stream, "step_with", None)
@@ -224,7 +225,7 @@ class SecureChannel:
 
         step_with(step)
 
-    def _deliver(self, chunk: memoryview, take: Callable[[bytes], int]) -> bool:
+    def _deliver(self, chunk: memoryview, take: Callable[[memoryview], int]) -> bool:
         """Give what is in ``chunk`` to ``take``; whether nothing of it is left to ``recv``."""
         reader = self._reader
         reader.feed(chunk)
@@ -235,6 +236,7 @@ class SecureChannel:
                 if frame is not None:  # behind the data, whatever became of that
                     self._act_on(frame)
                 if not going_on or self._received_end:
+                    reader.keep()
                     return False
                 if frame is None and reader.drained:
                     return True
@@ -242,17 +244,17 @@ class SecureChannel:
             self._fail(error)
             return False
 
-    def _hand_over(self, take: Callable[[bytes], int]) -> bool:
+    def _hand_over(self, take: Callable[[memoryview], int]) -> bool:
         """Give ``take`` the data there is; whether it wants no more done by ``recv``."""
-        data = self._reader.take(READ_SIZE)
+        reader, data = self._reader, self._reader.waiting
         try:
-            left = len(data) - take(data)
+            taken = take(data)
         except InterruptedError:
             self._interrupted = True
+            reader.skip(len(data))
             return False
-        if left:
-            self._reader.give_back(left)
-        return not left
+        reader.skip(taken)
+        return taken == len(data)
 
     def _truncated(self, why: str) -> TruncatedError:
         return TruncatedError(f"the stream from the {self._peer_name} was cut: {why}")
@@ -329,7 +331,11 @@ class SecureChannel:
         if self._send_ended:
             raise BrokenPipeError(errno.EPIPE, "sending has ended")
         try:
-            self._stream.sendall(seal(*args))
+            message = seal(*args)
+            if self._in_place is not None:
+                self._in_place(self._writer.memory, ROOM, ROOM + len(message))
+            else:
+                self._stream.sendall(message)
         except BaseException:
             # Part of it may be out, so nothing that follows could be decrypted. Receiving goes on: the
             # peer may have said why before it closed.

@@ -14,6 +14,8 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 #: What can be sent without a copy.
 Data: TypeAlias = bytes | bytearray | memoryview
+#: Bytes that a stream below may need around what it sends, to wrap it where it lies.
+ROOM = 64
 
 
 class Stream(Protocol):
@@ -37,16 +39,24 @@ class Stream(Protocol):
 
 
 @runtime_checkable
+class InPlaceStream(Stream, Protocol):
+    """A Stream that can send without a copy."""
+
+    def sendall_in_place(self, memory: memoryview, start: int, end: int, /) -> None:
+        """Send ``memory[start:end]``; it, and ROOM bytes before and behind it, are overwritten."""
+
+
+@runtime_checkable
 class DeliveringStream(Stream, Protocol):
     """A Stream whose bytes come in some other thread, which may as well act on them."""
 
-    def deliver_to(self, take: Callable[[bytes], int], /) -> None:
+    def deliver_to(self, take: Callable[[memoryview], int], /) -> None:
         """While ``recv`` waits, give data to ``take`` in the thread that brings it.
 
-        That saves waking another thread for every message. ``take`` must not block, nor raise anything but
-        what follows; it returns how many of the bytes it took. If not all, the rest is what ``recv`` returns
-        next. If it raises InterruptedError it took all, and wants ``recv`` woken, which raises the same. Ends
-        and failures are always ``recv``'s.
+        That saves waking another thread for every message. What ``take`` is given is there during the call
+        only. It must not block, nor raise anything but what follows; it returns how many bytes it took. If
+        not all, the rest is what ``recv`` returns next. If it raises InterruptedError it took all, and wants
+        ``recv`` woken, which raises the same. Ends and failures are always ``recv``'s.
         """
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from pam_common import logging
+from pam_common import logging, memory
 from pam_common.cli import main_of
 from pam_common.daemon import read_status
 from pam_common.errors import PamError
@@ -108,6 +108,7 @@ def run(path: Path) -> None:
     """
     config = relay_config.load(path)
     logging.setup(config.log_level)
+    memory.keep_some()
     Service(config).run()
 
 

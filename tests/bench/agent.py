@@ -53,7 +53,7 @@ class EchoInterceptor:
 
 
 def _up(client: Stream, conversation: Conversation, target: socket.socket) -> None:
-    def take(data: bytes) -> int:
+    def take(data: memoryview) -> int:
         if len(data) > INLINE:
             return 0
         conversation.record([{"kind": "up", "bytes": len(data)}])

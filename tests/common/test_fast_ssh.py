@@ -21,7 +21,9 @@ from paramiko.common import MSG_CHANNEL_DATA
 from pam_common import fast_ssh, ssh_certs
 from pam_common.errors import AuthenticationError, RefusedError, UnavailableError
 from pam_common.fast_ssh import ChannelStream, IncomingChannel, Transport, outgoing, packets, transport
+from pam_common.fast_ssh.channel import PACKET, WINDOW
 from pam_common.ssh_certs import CertificateKey
+from pam_common.stream import ROOM
 from pam_common.tokens import KeyEntry, SigningKey, VerifyKeys
 
 USER_CA = SigningKey(b"\1" * 32)
@@ -61,6 +63,7 @@ class Door(paramiko.ServerInterface):
     def __init__(self) -> None:
         self.streams: list[ChannelStream] = []
         self.refuse_with: str | None = None
+        self.window = WINDOW
         self.login = True
 
     def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:
@@ -76,7 +79,7 @@ class Door(paramiko.ServerInterface):
         if self.refuse_with is not None:
             wish.refuse(1, self.refuse_with)
         else:
-            self.streams.append(wish.accept())
+            self.streams.append(wish.accept(window=self.window))
 
 
 class Pair:
@@ -371,6 +374,43 @@ def test_abort_wakes_recv_and_the_peer_reads_a_cut(pair: Pair) -> None:
         far.recv(10)
     with pytest.raises(OSError, match="closed"):
         near.sendall(b"x")
+
+
+@pytest.mark.parametrize("packet", [512, 1000, 32 << 10, PACKET])
+@pytest.mark.parametrize("size", [1, 500, 1001, 70_000, 300_000])
+def test_a_channel_sends_in_place_whatever_its_packets_hold(pair: Pair, packet: int, size: int) -> None:
+    near, far = pair.open()
+    near._packet_out = packet
+    data = os.urandom(size)
+    near.sendall_in_place(memoryview(bytearray(ROOM) + data + bytes(ROOM)), ROOM, ROOM + size)
+    near.shutdown(socket.SHUT_WR)
+    assert b"".join(iter(lambda: far.recv(1 << 17), b"")) == data
+
+
+def test_what_nobody_reads_yet_outlives_the_buffer_it_was_read_into(pair: Pair) -> None:
+    near, far = pair.open()
+    data = os.urandom(3 * packets.READ_BUFFER)
+    near.sendall(data)
+    wait_for(lambda: far.buffered == len(data))
+    near.shutdown(socket.SHUT_WR)
+    assert b"".join(iter(lambda: far.recv(1 << 17), b"")) == data
+
+
+@pytest.mark.parametrize("window", [1, 1000, 131_072, 3 * WINDOW])
+def test_who_reads_gives_room_again_whatever_the_window(pair: Pair, window: int) -> None:
+    pair.door.window = window
+    near, far = pair.open()
+    data = os.urandom(min(20 * window, 4 * WINDOW))
+    threading.Thread(target=lambda: (near.sendall(data), near.shutdown(socket.SHUT_WR)), daemon=True).start()
+    assert b"".join(iter(lambda: far.recv(1 << 17), b"")) == data
+
+
+def test_a_closed_channel_passes_nothing_on(pair: Pair) -> None:
+    near, _far = pair.open()
+    near.close()
+    packet = memoryview(bytearray(64))
+    assert not near.pass_on(packet)
+    assert packet == bytes(64)
 
 
 def test_a_closed_channel_keeps_nothing_even_if_the_peer_never_closes_it(pair: Pair) -> None:

@@ -243,13 +243,26 @@ def test_a_slow_taker_holds_the_reader_back() -> None:
     assert len(ours.take(1 << 30)) == 2 * MAX_DATA
 
 
+def test_what_is_kept_outlives_the_memory_it_was_fed_in() -> None:
+    ours = reader()
+    chunk = bytearray(sealed([b"a" * MAX_DATA] * 6))
+    ours.feed(chunk)
+    ours.fill()
+    ours.keep()
+    chunk[:] = bytes(len(chunk))
+    assert ours.take(1 << 30) == b"a" * BATCH_DATA
+    ours.fill()
+    assert ours.take(1 << 30) == b"a" * (2 * MAX_DATA)
+    assert ours.drained
+
+
 def test_small_traffic_keeps_small_buffers() -> None:
     ours, theirs = writer(), reader()
     for _ in range(1000):
         theirs.feed(bytes(ours.data(memoryview(b"keystroke"))))
         theirs.fill()
         assert theirs.take(100) == b"keystroke"
-    assert len(ours._buffer) == len(theirs._plain) == frames.SMALL_BUFFER
+    assert len(ours.memory) == len(theirs._plain) == frames.SMALL_BUFFER
 
 
 def test_keys_change_in_step(monkeypatch: pytest.MonkeyPatch) -> None:

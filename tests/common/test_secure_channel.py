@@ -685,6 +685,34 @@ def test_full_load_both_ways_with_slow_readers_and_pings(pair: Pair, pool: Threa
     assert [future.result(PATIENCE) for future in read] == [future.result(PATIENCE) for future in sums]
 
 
+class Stepping(SocketStream):
+    """Has a thread that brings what it receives: the test's."""
+
+    step: Callable[[memoryview], bool]
+
+    def step_with(self, step: Callable[[memoryview], bool]) -> None:
+        self.step = step
+
+
+def test_what_was_not_delivered_outlives_the_memory_it_came_in(
+    pool: ThreadPoolExecutor, sockets: Callable[[], tuple[socket.socket, socket.socket]]
+) -> None:
+    near, far = sockets()
+    stream = Stepping(near)
+    accepted = pool.submit(accept, SocketStream(far))
+    channel = connect(stream)
+    agent, _grant = accepted.result(PATIENCE)
+    channel.deliver_to(lambda _data: 0)
+    writer = agent._writer
+    came = bytearray(writer.data(memoryview(b"first")))
+    came += writer.control(FrameType.PING, bytes(8))  # ends what is opened at once
+    came += writer.data(memoryview(b"second"))
+    assert not stream.step(memoryview(came))
+    came[:] = bytes(len(came))
+    assert channel.recv(100) == b"first"
+    assert channel.recv(100) == b"second"
+
+
 def test_a_slow_reader_slows_the_writer(pair: Pair, pool: ThreadPoolExecutor) -> None:
     writing = pool.submit(pair.client.sendall, bytes(20_000_000))
     wait_until(pair.client._turn.lock.locked)

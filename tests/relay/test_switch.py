@@ -280,7 +280,8 @@ def test_a_peer_with_a_large_window_that_tells_of_room_late_goes_on(
 ) -> None:
     """Two windows of ours, and told of again when half of them was used, as RFC 4254 allows."""
     monkeypatch.setattr(channel, "ADJUST_AT", WINDOW + 1)
-    near = join.client.open_stream("direct-tcpip", ("dc1", 1), ("127.0.0.1", 0), 60, window=2 * WINDOW)
+    window = 2 * WINDOW + 2
+    near = join.client.open_stream("direct-tcpip", ("dc1", 1), ("127.0.0.1", 0), 60, window=window)
     wait_for(lambda: join.agent.streams)
     far = join.agent.streams[-1]
     data, got = os.urandom(8 * MIB), []

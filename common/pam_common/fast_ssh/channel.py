@@ -11,7 +11,6 @@ import contextlib
 import socket
 import struct
 import threading
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,19 +27,22 @@ from paramiko.common import (
 )
 
 from pam_common.errors import RefusedError, UnavailableError
-from pam_common.stream import Data
+from pam_common.fast_ssh.outgoing import PACKET_HEAD, PACKET_TAIL
+from pam_common.fast_ssh.pieces import Pieces
+from pam_common.stream import ROOM, Data
 
 if TYPE_CHECKING:
     from pam_common.fast_ssh.transport import Transport
 
-#: Measured: larger windows gain nothing, and double the delay of other sessions during a bulk transfer.
-WINDOW = 1 << 20
+#: As OpenSSH has it. Measured: bulk gains a sixth over half of it, and other sessions wait no longer.
+WINDOW = 2 << 20
 #: Two full messages of the secure channel (decision 8); a peer that takes less gets less.
 PACKET = 2 * 65537
 #: Who takes less than this in a packet wants to see work: each byte would cost a packet.
 MIN_PACKET = 512
-#: The peer is told of room again after so many bytes: rarely, and long before it has to wait.
-ADJUST_AT = WINDOW // 4
+#: The peer is told of room again after so many bytes, or half of a smaller window: rarely, and long before it
+#: has to wait.
+ADJUST_AT = WINDOW // 2
 #: RFC 4254, 5.2: a window beyond it is an error.
 MAX_WINDOW = (1 << 32) - 1
 #: Characters of a peer's reason that are worth showing.
@@ -51,19 +53,23 @@ _OPEN = threading.Event()
 _OPEN.set()
 
 #: What a channel keeps that has a sink.
-_NO_PIECES: deque[memoryview] = deque(maxlen=0)
+_NO_PIECES = Pieces()
 
 _HEADER = struct.Struct(">BI")
 _DATA = struct.Struct(">BII")
 _INT = struct.Struct(">I")
+#: Where a packet has its channel's number: behind its length, that of its padding, and its type.
+_NUMBER_AT = 6
 _OPENED = struct.Struct(">III")
+assert max(PACKET_HEAD + _DATA.size, PACKET_TAIL) <= ROOM
 
 
 class Sink(Protocol):
     """Takes what a channel receives, in the transport's reader thread: nothing here may block."""
 
     def data(self, data: memoryview) -> None:
-        """Bytes from the peer. Room for as many is given back by :meth:`ChannelStream.consumed`."""
+        """Bytes from the peer, where they were read: they are there during the call only. Room for as many is
+        given back by :meth:`ChannelStream.consumed`."""
 
     def adjusted(self, size: int) -> None:
         """The peer has room for so many more bytes."""
@@ -90,8 +96,9 @@ class ChannelStream:
         # Receiving.
         self._packet_in = packet
         self._credit = window  # what the peer may still send
+        self._adjust_at = min(ADJUST_AT, -(-window // 2))
         self._taken = 0  # what was consumed and the peer was not told yet
-        self._pieces: deque[memoryview] = deque()  # one window at most
+        self._pieces = Pieces()  # one window at most
         self.eof_received = False
         self._waiting = self._nudged = False
         self._gate = threading.Lock()  # a binary semaphore: cheaper than a Condition, for one reader
@@ -125,7 +132,7 @@ class ChannelStream:
     def buffered(self) -> int:
         """Bytes that were received and not read yet."""
         with self._lock:
-            return sum(map(len, self._pieces))
+            return self._pieces.size
 
     def opened_by(self, remote: int, window: int, packet: int) -> None:
         """The peer's number and limits are known: the channel is open."""
@@ -160,7 +167,7 @@ class ChannelStream:
                     self._nudged = False
                     raise InterruptedError
                 if self._pieces:
-                    data = self._pop(size)
+                    data = self._pieces.take(size)
                     break
                 if self.eof_received:
                     return b""
@@ -190,31 +197,18 @@ class ChannelStream:
                 with self._lock:
                     self._nudged = True
                     self._wake_reader()
-            if self._taken + len(data) < ADJUST_AT:
+            if self._taken + len(data) < self._adjust_at:
                 self._taken += len(data)  # without the lock: nobody else receives now
                 return
         finally:
             self._stepping.release()
         self.consumed(len(data))
 
-    def _pop(self, size: int) -> bytes:
-        """Up to ``size`` bytes of what is there, under the lock."""
-        pieces, taken, left = self._pieces, [], size
-        while pieces and left:
-            piece = pieces[0]
-            if len(piece) <= left:
-                taken.append(pieces.popleft())
-            else:
-                taken.append(piece[:left])
-                pieces[0] = piece[left:]
-            left -= len(taken[-1])
-        return b"".join(taken)
-
     def consumed(self, size: int) -> None:
         """Give the peer room for ``size`` bytes that it sent. Never blocks."""
         with self._lock:
             self._taken += size
-            if self._taken < ADJUST_AT or self._close_sent or self.eof_received:
+            if self._taken < self._adjust_at or self._close_sent or self.eof_received:
                 return
             grant, self._taken = self._taken, 0
             self._credit += grant
@@ -232,6 +226,19 @@ class ChannelStream:
             except (EOFError, paramiko.SSHException) as error:
                 raise ConnectionError(f"the ssh connection is gone: {error}") from None
             view = view[size:]
+
+    def sendall_in_place(self, memory: memoryview, start: int, end: int, /) -> None:
+        """The same for ``memory[start:end]``, without a copy: it is overwritten, and ROOM bytes around it."""
+        while start < end:
+            upto = start + self._reserve(end - start)
+            kept = bytes(memory[upto : min(end, upto + PACKET_TAIL)])  # goes next
+            _DATA.pack_into(memory, start - _DATA.size, MSG_CHANNEL_DATA, self.remote, upto - start)
+            try:
+                self.packets.send_in_place(memory, start - _DATA.size, upto)
+            except (EOFError, paramiko.SSHException) as error:
+                raise ConnectionError(f"the ssh connection is gone: {error}") from None
+            memory[upto : upto + len(kept)] = kept
+            start = upto
 
     def _reserve(self, wanted: int) -> int:
         """Wait for room, and take up to a packet's worth of ``wanted`` bytes."""
@@ -287,7 +294,18 @@ class ChannelStream:
     def put_data(self, data: memoryview) -> None:
         """Queue data beyond what ``sendall`` counts: the window is the caller's to keep."""
         if not self._close_sent and not self._lost:
-            self.transport.queue(_DATA.pack(MSG_CHANNEL_DATA, self.remote, len(data)), data)
+            self.transport.queue(_DATA.pack(MSG_CHANNEL_DATA, self.remote, len(data)), bytes(data))
+
+    def pass_on(self, packet: memoryview) -> bool:
+        """Send another connection's packet of data at once, with our peer's number, where nothing waits to be
+        sent. The window is the caller's to keep."""
+        if self._close_sent or self._lost:
+            return False
+        _INT.pack_into(packet, _NUMBER_AT, self.remote)
+        try:
+            return self.packets.pass_on(packet)
+        except EOFError:
+            return True  # the connection is gone, which its reader will tell
 
     def flush(self) -> None:
         with contextlib.suppress(EOFError):  # the connection is gone, which its reader will tell
@@ -355,7 +373,7 @@ class ChannelStream:
                 self._make_step(step, data)
 
     def _keep(self, data: memoryview) -> None:
-        self._pieces.append(data)
+        self._pieces.keep(data)
         self._wake_reader()
 
     def _take_adjust(self, payload: memoryview) -> None:
@@ -470,8 +488,8 @@ class ChannelStream:
     def _hand_over(self, sink: Sink) -> None:
         """Within ``_order``, so that nothing new comes between."""
         self._sink = sink
-        while self._pieces:
-            sink.data(self._pieces.popleft())
+        while (piece := self._pieces.next()) is not None:
+            sink.data(piece)
         self._pieces = _NO_PIECES  # none is kept from now on
         if self.eof_received:
             sink.ended()

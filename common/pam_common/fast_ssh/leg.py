@@ -75,7 +75,8 @@ class Leg(Transport):
         if kind in (MSG_REQUEST_SUCCESS, MSG_REQUEST_FAILURE):
             return False  # answers to what this side asked
         if self.on_message is not None:
-            self.on_message(kind, payload)
+            # What is passed on in a queue outlives the buffer it was read into.
+            self.on_message(kind, memoryview(bytes(payload)))
         return True
 
     def ask(self, request: bytes, answered: Callable[[bytes | None], None]) -> None:

@@ -39,8 +39,10 @@ REKEY_TIMEOUT = 60.0
 
 
 _KEXINIT = 20
-_LENGTH = struct.Struct(">I")
 _HEADER = struct.Struct(">IB")
+#: What is around a packet's payload: its length and that of the padding; 4 to 19 bytes of padding, the tag.
+PACKET_HEAD = 5
+PACKET_TAIL = 19 + TAG
 
 #: Two parts of one payload, the first with its type: what is large need not be copied to be sent.
 Packet: TypeAlias = tuple[bytes, Data]
@@ -98,19 +100,38 @@ class Outgoing:
 
     def send_payload(self, head: bytes, body: Data = b"") -> None:
         """Send one packet from a thread that may block. Raises EOFError when the connection is gone."""
-        gated = _waits_for_keys(head[0])
+        self._acquire(head[0])
+        try:
+            self._write(self._seal(head, body))
+        finally:
+            self._release()
+
+    def send_in_place(self, memory: memoryview, start: int, end: int) -> None:
+        """The same for the payload ``memory[start:end]``, sealed where it lies, PACKET_HEAD bytes before and
+        PACKET_TAIL bytes behind it included. Only after the first key exchange."""
+        self._acquire(memory[start])
+        try:
+            self._write(self._seal_in_place(memory, start, end))
+        finally:
+            self._release()
+
+    def _acquire(self, kind: int) -> None:
+        """Wait until a packet may be sent, and nothing comes before it; holds the lock then."""
+        gated = _waits_for_keys(kind)
         while True:
             if gated and not self._open.is_set() and not self._open.wait(REKEY_TIMEOUT):
                 raise SSHException("the key exchange takes too long")
             self._lock.acquire()
+            ready = False
             try:
                 if self._queue or self._unsent:
                     self._flush(wait=True)
-                if not gated or self._open.is_set():
-                    self._write(self._seal(head, body))
+                ready = not gated or self._open.is_set()
+                if ready:
                     return
             finally:
-                self._release()
+                if not ready:
+                    self._release()
 
     def crowded(self, share: int) -> bool:
         """Whether one who has queued ``share`` bytes since it was ``emptied`` last is to queue no more data.
@@ -146,17 +167,39 @@ class Outgoing:
         while self._queue and self._lock.acquire(blocking=False):
             try:
                 sent = self._flush(wait=False, pause=True)
-                start = not sent and not self._flusher
-                self._flusher |= start
+                if not sent:
+                    self._start_flusher()
             finally:
                 self._lock.release()
-            if sent:
-                self._tell_drained()
-                continue
-            if start:
-                threading.Thread(target=self._flush_later, name="ssh-flush", daemon=True).start()
-            return
+            if not sent:
+                return
+            self._tell_drained()
         self._tell_drained()
+
+    def _start_flusher(self) -> None:
+        """Have a thread wait for the socket, which waits for the lock that is held here first."""
+        if not self._flusher:
+            self._flusher = True
+            threading.Thread(target=self._flush_later, name="ssh-flush", daemon=True).start()
+
+    def pass_on(self, packet: memoryview) -> bool:
+        """Seal ``packet`` where it lies (see ``packet_of``) and send it, without waiting and without a copy.
+        False when others come first and it must be queued. Raises EOFError when the connection is gone."""
+        if self._queue or not self._lock.acquire(blocking=False):
+            return False
+        try:
+            key = self._key_out
+            if self._queue or self._unsent or key is None or not self._open.is_set():
+                return False
+            self._encrypt(key, packet)
+            if not self._write(packet, wait=False):
+                self._unsent = memoryview(bytes(self._unsent))  # it lies in a buffer that is read into again
+                self._start_flusher()
+        finally:
+            self._lock.release()
+        if self._queue:
+            self.flush_soon()
+        return True
 
     def when_drained(self, call: Callable[[], None]) -> None:
         """Call it once, from any thread, when all that is queued now was sent. It must not block."""
@@ -289,19 +332,32 @@ class Outgoing:
         size = 1 + payload + padding
         if key is None:
             return memoryview(b"".join((_HEADER.pack(size, padding), head, body, bytes(padding))))
-        length = _LENGTH.pack(size)
-        packet = bytearray(4 + size + TAG)
-        packet[:4] = length
+        packet = memoryview(bytearray(4 + size + TAG))
+        at = PACKET_HEAD + len(head)
+        packet[PACKET_HEAD:at] = head
+        packet[at : PACKET_HEAD + payload] = body
+        return self._seal_in_place(packet, PACKET_HEAD, PACKET_HEAD + payload)
+
+    def _seal_in_place(self, memory: memoryview, start: int, end: int) -> memoryview:
+        """The packet of the payload ``memory[start:end]``, around it in the same memory."""
+        key = self._key_out
+        assert key is not None
+        padding = 19 - (end - start + 4) % 16
+        begin, sealed = start - PACKET_HEAD, end + padding
+        _HEADER.pack_into(memory, begin, sealed - begin - 4, padding)
         if len(self._random) < padding:
             self._random = os.urandom(RANDOM)
-        noise, self._random = self._random[:padding], self._random[padding:]
-        plain = b"".join((bytes((padding,)), head, body, noise))
-        view = memoryview(packet)
-        key.engine.encrypt_into(key.nonce(), plain, length, view[4:])
+        memory[end:sealed], self._random = self._random[:padding], self._random[padding:]
+        packet = memory[begin : sealed + TAG]
+        self._encrypt(key, packet)
+        return packet
+
+    def _encrypt(self, key: Key, packet: memoryview) -> None:
+        """Encrypt a whole packet but for its length, with room for the tag behind it."""
+        key.engine.encrypt_into(key.nonce(), packet[4:-TAG], packet[:4], packet[4:])
         key.count(len(packet))
         if key.beyond(self.rekey_bytes, self.rekey_packets):
             self._need_rekey = True
-        return view
 
 
 def _waits_for_keys(kind: int) -> bool:

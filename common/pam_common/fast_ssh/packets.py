@@ -38,8 +38,8 @@ MAX_PLAIN = 35000
 MAX_PACKET = 132000
 #: RFC 4253, 4.2: the identification line, CR and LF included.
 MAX_LINE = 255
-#: One packet and much of the next ones: a recv per batch. An idle connection keeps a page of it.
-READ_BUFFER = 256 << 10
+#: Two large packets, so that none of them has to be moved: a recv per batch. An idle connection keeps a page.
+READ_BUFFER = 264 << 10
 #: A first key exchange has about five packets; a peer that sends more of them is playing for time.
 MAX_PLAIN_PACKETS = 64
 #: Seconds between looks at the clock while nothing arrives, during the handshake (see set_tick).
@@ -76,6 +76,7 @@ class Packets(Outgoing):
         self._memory = ReadBuffer(READ_BUFFER)
         self._buffer, self._view = self._memory.memory, self._memory.view
         self._start = self._end = 0
+        self._packet = memoryview(b"")
         self._key_in: Key | None = None
         #: Takes a packet's type and payload, in the reader thread, or leaves it to paramiko.
         self.divert: Callable[[int, memoryview], bool] = lambda _kind, _payload: False
@@ -227,7 +228,7 @@ class Packets(Outgoing):
                 raise NeedRekeyException  # paramiko's loop looks after it, and comes back
 
     def _next_payload(self) -> memoryview:
-        """The next packet, opened; what is returned is not overwritten later on."""
+        """The next packet, opened where it lies: what is returned is overwritten by what comes next."""
         key = self._key_in
         if self._end - self._start < 4:
             self._need(4, between=True)
@@ -239,22 +240,33 @@ class Packets(Outgoing):
         whole = 4 + size + (TAG if key else 0)
         if self._end - self._start < whole:
             self._need(whole)
-        at = self._start
-        body = self._opened(key, at, whole) if key else bytes(self._view[at + 4 : at + whole])
+        packet = self._view[self._start : self._start + whole]
         self._start += whole
-        padding = body[0]
+        if key:
+            self._open_in_place(key, packet)
+        padding = packet[4]
         if padding < 4 or padding > size - 2:
             raise SSHException(f"impossible padding {padding}")
         self._count_in(key, whole)
-        return memoryview(body)[1 : size - padding]
+        self._packet = packet
+        return packet[5 : 4 + size - padding]
 
-    def _opened(self, key: Key, at: int, whole: int) -> bytes:
+    @staticmethod
+    def _open_in_place(key: Key, packet: memoryview) -> None:
         try:
-            return key.engine.decrypt(
-                key.nonce(), self._view[at + 4 : at + whole], bytes(self._view[at : at + 4])
-            )
+            key.engine.decrypt_into(key.nonce(), packet[4:], packet[:4], packet[4:-TAG])
         except InvalidTag:
             raise SSHException("a packet was forged or damaged") from None
+
+    def packet_of(self, data: memoryview) -> memoryview | None:
+        """The packet that is being diverted, if ``data`` is a part of it: a whole packet of SSH, but that it
+        is not encrypted and has no tag yet. For :meth:`pass_on` of another connection."""
+        return self._packet if data.obj is self._buffer else None
+
+    @property
+    def drained(self) -> bool:
+        """Whether next to nothing was received that was not looked at yet."""
+        return self._end - self._start < 4
 
     def _count_in(self, key: Key | None, whole: int) -> None:
         self._sequence_in = (self._sequence_in + 1) & 0xFFFF_FFFF

@@ -30,6 +30,9 @@ LEAST_SHARE = 16 << 10
 #: A peer that has less room than this left gets more without its peer asking, where there is any.
 LOW = 128 << 10
 
+#: A packet with so much data is sent by itself.
+LARGE = 16 << 10
+
 _INT = struct.Struct(">I")
 
 
@@ -106,7 +109,7 @@ class _Way:
             target._relayed = True
             room = target._window
         # Not more than the target's peer takes; what it takes beyond is given when there is need.
-        self._pending = room - source._credit - sum(map(len, source._pieces))
+        self._pending = room - source._credit - source._pieces.size
         assert self._pending >= 0
 
     # -- Sink; in the source's reader thread -------------------------------------------------------------
@@ -122,9 +125,15 @@ class _Way:
             self._switch.abort()
             return
         self.carried += len(data)
+        reader = source.packets
+        # What comes together goes on together, unless it is large.
+        packet = reader.packet_of(data) if reader.drained or len(data) >= LARGE else None
         with target._lock:
-            target.put_data(data)
-        self.flush()
+            passed = packet is not None and target.pass_on(packet)
+            if not passed:
+                target.put_data(data)
+        if not passed:
+            self.flush()
         if self._pending and source._credit < LOW:
             self._pass_on()
 

@@ -139,7 +139,7 @@ class Upward:
 
     # -- in the thread that reads the ssh connection ---------------------------------------------------
 
-    def take(self, data: bytes) -> int:
+    def take(self, data: memoryview) -> int:
         """Carry a batch on without waiting; how much of it is done, all or nothing.
 
         Raises InterruptedError when it is done but for what our thread has to look after.
@@ -147,7 +147,7 @@ class Upward:
         if len(data) > INLINE or not self._pipeline.has_room:
             return 0
         try:
-            ready = self._looked_at(data)
+            ready = self._looked_at(bytes(data))
             left = self._target.send_soon(ready)
             self._count(len(ready))
         except Exception as error:
