@@ -28,7 +28,7 @@ class Limits:
     login_timeout: int = 20
     #: Connections in all, one thread each.
     transports: int = 2000
-    #: Channels in all: no thread, and when a side is slow a window of 1 MiB each.
+    #: Channels in all: no thread, and when a side is slow a window of 2 MiB each.
     channels: int = 1000
     #: A large pool of one program.
     channels_per_session: int = 200

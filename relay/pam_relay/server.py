@@ -43,9 +43,10 @@ OPEN_TIMEOUT = 10.0
 #: How many tunnels are tried for one channel when the first turns out to be dead.
 OPEN_TRIES = 3
 #: Bytes that may wait for one link. Room is given by the ends and held back while a link is behind, so that
-#: little more than first windows can pile up, and those of all channels together fill half of it. Who fills
+#: little more than first windows can pile up: those of an agent's channels fill a quarter, those towards a
+#: session's client (channels_per_session) less than what is cut off. Who fills
 #: it all the same is cut (``Switch``), not the link.
-MAX_QUEUED = 256 << 20
+MAX_QUEUED = 512 << 20
 #: How often time limits are looked at.
 CLOCK_STEP = 0.5
 #: Seconds that a login may take before it must give way to the next: many times what the slowest needs.
@@ -447,7 +448,7 @@ class RelayServer:
         session = link.identity.name
         try:
             # Of all the room there is, a share at first; who uses it gets the rest.
-            share = MAX_QUEUED // 2 // self.limits.channels_per_agent
+            share = MAX_QUEUED // 4 // self.limits.channels_per_agent
             client = wish.accept(window=min(agent.window, fast_ssh.WINDOW, share), packet=agent.packet)
         except PamError:  # the client has gone meanwhile
             agent.abort()

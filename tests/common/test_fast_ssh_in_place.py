@@ -95,6 +95,7 @@ def locked(packets: Packets) -> None:
     [
         pytest.param(lambda packets: packets.queue(b"^first"), id="others wait"),
         pytest.param(locked, id="another thread sends"),
+        pytest.param(lambda packets: setattr(packets, "_unsent", memoryview(b"rest")), id="half is sent"),
         pytest.param(lambda packets: packets._begin_exchange(), id="keys are exchanged"),
         pytest.param(lambda packets: setattr(packets, "_key_out", None), id="no keys yet"),
     ],
@@ -105,21 +106,6 @@ def test_nobody_is_passed(joined: Joined, busy: Callable[[Packets], None]) -> No
     before = bytes(packet)
     assert not joined.near.pass_on(packet)
     assert packet == before  # to be queued as it is
-
-
-def test_what_is_queued_meanwhile_is_sent_by_who_passes_on(
-    joined: Joined, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = joined.near._write
-
-    def written(*args: object, **options: bool) -> bool:
-        monkeypatch.setattr(joined.near, "_write", write)
-        joined.near.send_soon(b"^second")  # finds the lock taken
-        return write(*args, **options)
-
-    monkeypatch.setattr(joined.near, "_write", written)
-    assert joined.near.pass_on(opened(b"^first"))
-    assert [joined.received(), joined.received()] == [b"^first", b"^second"]
 
 
 def test_a_connection_that_is_gone_is_told(joined: Joined) -> None:

@@ -275,6 +275,65 @@ def test_who_fills_a_link_that_does_not_move_is_cut_and_nobody_else(
         far.abort()
 
 
+def test_a_pool_within_its_limit_is_not_cut_when_its_client_stalls(relay, join, wait_for) -> None:
+    """An eighth of all there may be: 25 of 200 channels of a session, and of what may wait for its link."""
+    pairs = [join() for _ in range(25)]
+    link = relay_side(relay, join.client).packets
+    link.max_queued //= 8
+    wake = asleep(relay, join.client)
+    for _, far in pairs:
+        threading.Thread(target=push, args=(far, 3 * MIB), daemon=True).start()
+    wait_for(lambda: all(far.window == 0 for _, far in pairs))
+    assert not any(far._close_received for _, far in pairs)
+    wake.set()
+    for near, far in pairs:
+        near.abort()
+        far.abort()
+
+
+def test_who_left_nothing_in_the_queue_is_not_cut_for_others(relay, join, wait_for) -> None:
+    near, far = join()
+    link = relay_side(relay, join.agent.transport).packets
+    for _ in range(80):
+        near.sendall(bytes(1000))
+        got = 0
+        while got < 1000:
+            got += len(far.recv(1000))
+    wait_for(lambda: not link.queued)
+    with link._queue_lock:
+        link.queued += link.max_queued * 61 // 64  # others', who fill the link
+    near.sendall(b"still there")
+    assert far.recv(100) == b"still there"
+
+
+def test_who_waits_for_room_is_told_without_a_channels_lock(relay, join, wait_for) -> None:
+    """It may be told in any reader thread, and takes the locks of other channels."""
+    near, far = join()
+    wait_for(lambda: relay.relay._splices)
+    (splice,) = relay.relay._splices
+    target = splice._switch._up._target
+    link, write = target.packets, target.packets._write
+    held: list[bool] = []
+
+    def others() -> None:
+        for _ in range(40):
+            link.queue(b"\2" + bytes(4), bytes(120_000))
+        link.when_low(switch.BEHIND // 4, lambda _waited: held.append(target._lock.locked()))
+
+    def written(*args: object, **options: bool) -> bool:
+        link._write = write
+        run_all(others)  # while this one is being sent
+        return write(*args, **options)
+
+    near.sendall(b"first")
+    assert far.recv(100) == b"first"
+    link._write = written
+    near.sendall(b"second")
+    assert far.recv(100) == b"second"
+    wait_for(lambda: held)
+    assert held == [False]
+
+
 def test_a_peer_with_a_large_window_that_tells_of_room_late_goes_on(
     relay, join, wait_for, monkeypatch: pytest.MonkeyPatch
 ) -> None:

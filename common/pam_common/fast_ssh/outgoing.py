@@ -44,6 +44,8 @@ _HEADER = struct.Struct(">IB")
 PACKET_HEAD = 5
 PACKET_TAIL = 19 + TAG
 
+_NOTHING = memoryview(b"")
+
 #: Two parts of one payload, the first with its type: what is large need not be copied to be sent.
 Packet: TypeAlias = tuple[bytes, Data]
 
@@ -184,7 +186,8 @@ class Outgoing:
 
     def pass_on(self, packet: memoryview) -> bool:
         """Seal ``packet`` where it lies (see ``packet_of``) and send it, without waiting and without a copy.
-        False when others come first and it must be queued. Raises EOFError when the connection is gone."""
+        False when others come first and it must be queued. :meth:`flush_soon` comes after, for what others
+        queued meanwhile. Raises EOFError when the connection is gone."""
         if self._queue or not self._lock.acquire(blocking=False):
             return False
         try:
@@ -197,8 +200,6 @@ class Outgoing:
                 self._start_flusher()
         finally:
             self._lock.release()
-        if self._queue:
-            self.flush_soon()
         return True
 
     def when_drained(self, call: Callable[[], None]) -> None:
@@ -317,7 +318,7 @@ class Outgoing:
             return False
         except OSError:
             raise EOFError from None
-        self._unsent = data
+        self._unsent = _NOTHING  # not an empty view of somebody's buffer
         return True
 
     def _seal(self, head: bytes, body: Data = b"") -> memoryview:

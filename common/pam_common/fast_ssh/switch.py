@@ -1,7 +1,7 @@
 """Joins two channels of two connections in their reader threads: no thread, no buffer, no decryption of
 what they carry.
 
-    reader of a ── data ──▶ number of b's peer instead of a's ──▶ queue of b ──▶ sealed, sent
+    reader of a ── data ──▶ number of b's peer instead of a's ──▶ sealed, sent; or queue of b, if others wait
     reader of b ── window adjust ──▶ as much room for a's peer
 
 The windows are those of the two ends: who reads slowly gives no room, and so the writer at the other end
@@ -116,6 +116,24 @@ class _Way:
 
     def data(self, data: memoryview) -> None:
         source, target = self._source, self._target
+        reader = source.packets
+        # What comes together goes on together, unless it is large.
+        packet = reader.packet_of(data) if reader.drained or len(data) >= LARGE else None
+        passed = False
+        if packet is not None:
+            with target._lock:
+                passed = target.pass_on(packet)
+        if passed:
+            target.flush()  # what others queued meanwhile; no lock is held, as those who wait are told then
+        elif not self._queue(data):
+            return
+        self.carried += len(data)
+        if self._pending and source._credit < LOW:
+            self._pass_on()
+
+    def _queue(self, data: memoryview) -> bool:
+        """Queue what could not be passed on at once; False when that was too much."""
+        target = self._target
         if target.packets.emptied != self._emptied:
             self._emptied, self._share = target.packets.emptied, 0
         self._share += len(data) + PACKET_COST
@@ -123,19 +141,11 @@ class _Way:
             # Windows that were used all at once, or packets of next to no size. It is the sender's doing: cut
             # off, the target's connection would take everybody's sessions with it.
             self._switch.abort()
-            return
-        self.carried += len(data)
-        reader = source.packets
-        # What comes together goes on together, unless it is large.
-        packet = reader.packet_of(data) if reader.drained or len(data) >= LARGE else None
+            return False
         with target._lock:
-            passed = packet is not None and target.pass_on(packet)
-            if not passed:
-                target.put_data(data)
-        if not passed:
-            self.flush()
-        if self._pending and source._credit < LOW:
-            self._pass_on()
+            target.put_data(data)
+        self.flush()
+        return True
 
     def adjusted(self, size: int) -> None:
         self.back.give(size)
