@@ -44,8 +44,7 @@ OPEN_TIMEOUT = 10.0
 OPEN_TRIES = 3
 #: Bytes that may wait for one link. Room is given by the ends and held back while a link is behind, so that
 #: little more than first windows can pile up: those of an agent's channels fill a quarter, those towards a
-#: session's client (channels_per_session) less than what is cut off. Who fills
-#: it all the same is cut (``Switch``), not the link.
+#: session's client (200 by default) four fifths. Who fills it all the same is cut (``Switch``), not the link.
 MAX_QUEUED = 512 << 20
 #: How often time limits are looked at.
 CLOCK_STEP = 0.5

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import pytest
 
 from pam_common.errors import PamError, ProtocolError, RefusedError, TruncatedError
+from pam_common.fast_ssh import PACKET
 from pam_common.frames import FrameType
 from pam_common.secure_channel import SecureChannel, generate_x25519
 
@@ -75,6 +76,18 @@ class Program:
     def join(self) -> None:
         self.thread.join(180)
         assert not self.thread.is_alive(), "it hangs"
+
+
+def test_frames_are_sent_where_they_were_sealed(secure, monkeypatch: pytest.MonkeyPatch) -> None:
+    near, far = secure()
+    packets, sent = far._stream.packets, []
+    send = packets.send_in_place
+    monkeypatch.setattr(packets, "send_in_place", lambda *at: (sent.append(at), send(*at)))
+    for size in (1, 1000, MIB):
+        far.sendall(bytes(size))
+    far.shutdown(socket.SHUT_WR)
+    assert len(b"".join(iter(lambda: near.recv(1 << 17), b""))) == MIB + 1001
+    assert len(sent) >= 2 + MIB // PACKET
 
 
 def test_messages_are_delivered_without_waking_recv(secure, wait_for) -> None:
@@ -146,8 +159,8 @@ def test_an_end_in_the_packet_of_the_data_is_seen_by_who_is_interrupted(secure, 
     near, far = secure()
     interrupted, ends = [], []
 
-    def take(data: bytes) -> int:
-        interrupted.append(data)
+    def take(data: memoryview) -> int:
+        interrupted.append(bytes(data))
         raise InterruptedError
 
     def read() -> None:

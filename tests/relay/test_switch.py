@@ -101,6 +101,34 @@ def test_rekeys_of_all_four_sides_under_two_way_load(relay, join) -> None:
     assert all(end.is_active() for end in ends)
 
 
+def test_what_comes_alone_or_is_large_is_passed_on_at_once(
+    relay, join, wait_for, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = join()
+    packets, passed = relay_side(relay, join.agent.transport).packets, []
+    pass_on = packets.pass_on
+    monkeypatch.setattr(packets, "pass_on", lambda packet: passed.append(pass_on(packet)) or passed[-1])
+    near.sendall(b"alone")
+    assert far.recv(100) == b"alone"
+    near.sendall(bytes(PACKET))
+    wait_for(lambda: far.buffered == PACKET)
+    assert passed == [True, True]
+
+
+def test_what_came_together_goes_on_together(relay, join, wait_for, monkeypatch: pytest.MonkeyPatch) -> None:
+    near, far = join()
+    packets, sent = relay_side(relay, join.agent.transport).packets, []
+    write = packets._write
+    monkeypatch.setattr(
+        packets, "_write", lambda data, **how: (sent.append(len(data)), write(data, **how))[1]
+    )
+    for number in range(10):
+        near.transport.queue(data(near.remote, 10 + number))
+    near.flush()
+    wait_for(lambda: far.buffered == 145)
+    assert len(sent) == 1
+
+
 def test_a_half_close_leaves_the_other_direction(relay, join, wait_for) -> None:
     near, far = join()
     near.sendall(b"question")

@@ -48,14 +48,17 @@ class Arriving:
             self._changed.wait_for(lambda: (self._waiting and not self._pieces) or self._over, 60)
             take = self._take
         if take is not None:
+            memory = bytearray(data)  # there during the call only
             try:
-                taken = take(data)
+                taken = take(memoryview(memory))
             except InterruptedError:
                 self.inline += len(data)
                 with self._changed:
                     self._interrupted, self._waiting = True, False
                     self._changed.notify_all()
                 return
+            finally:
+                memory[:] = bytes(len(memory))
             self.inline += taken
             data = data[taken:]
         with self._changed:
