@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pam_agent import target
 from pam_agent.protocols.base import Event
 from pam_common.errors import PamError, RefusedError
-from pam_common.stream import Data, DeliveringStream, Stream
+from pam_common.stream import Data, DeliveringStream, LendingStream, Stream
 
 if TYPE_CHECKING:
     from pam_agent.session import Session
@@ -25,6 +25,7 @@ class CountedStream:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
+        self._lending = stream if isinstance(stream, LendingStream) else None
         self.bytes_up = 0  #: from the client
         self.bytes_down = 0
         self.shutdown = stream.shutdown
@@ -51,6 +52,15 @@ class CountedStream:
     def sendall(self, data: Data) -> None:
         self._stream.sendall(data)
         self.bytes_down += len(data)
+
+    def lend(self, fd: int, ready: Callable[[], bool]) -> bool:
+        return self._lending is not None and self._lending.lend(fd, ready)
+
+    def send_soon(self, data: memoryview) -> bool:
+        if self._lending is None or not self._lending.send_soon(data):
+            return False
+        self.bytes_down += len(data)
+        return True
 
 
 class LiveConversation:

@@ -33,8 +33,18 @@ class TargetStream(Protocol):
     channel_binding: bytes | None
     tls_version: str | None
 
+    def fileno(self) -> int:
+        """The socket's, to wait for."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether bytes came that were not given out yet: waiting for the socket would miss them."""
+
     def recv_into(self, view: memoryview, /) -> int:
         """Read at least one byte into ``view``; 0 at the end."""
+
+    def recv_soon(self, view: memoryview, /) -> int | None:
+        """The same without waiting: None when there is nothing yet."""
 
     def quiet(self, seconds: float, /) -> bool:
         """Wait until there is something to read, or ``seconds`` have passed: then True."""
@@ -63,8 +73,21 @@ class PlainTarget:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
 
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def pending(self) -> bool:
+        return False
+
     def recv_into(self, view: memoryview) -> int:
         return self._socket.recv_into(view)
+
+    def recv_soon(self, view: memoryview) -> int | None:
+        try:
+            return self._socket.recv_into(view, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
 
     def quiet(self, seconds: float) -> bool:
         poll = select.poll()
@@ -132,8 +155,8 @@ class TlsTarget(PlainTarget):
         if self._outgoing.pending:
             self._socket.sendall(self._outgoing.read())
 
-    def _fill(self) -> None:
-        size = self._socket.recv_into(self._memory.view)
+    def _fill(self, flags: int = 0) -> None:
+        size = self._socket.recv_into(self._memory.view, 0, flags)
         self._memory.note(size)
         with self._lock:
             if size:
@@ -148,8 +171,20 @@ class TlsTarget(PlainTarget):
                 return size
             self._fill()
 
+    def recv_soon(self, view: memoryview) -> int | None:
+        try:
+            while (size := self._decrypt(view)) is None:
+                self._fill(socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        return size
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._incoming.pending or self._tls.pending())
+
     def quiet(self, seconds: float) -> bool:
-        if self._incoming.pending or self._tls.pending() or not super().quiet(seconds):
+        if self.pending or not super().quiet(seconds):
             return False
         self._memory.release()
         return True

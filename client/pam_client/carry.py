@@ -3,10 +3,10 @@
     program ──head──▶ check ──▶ dial ──▶ ┬ up:   program → channel
                                          └ down: channel → program
 
-Two threads per connection; each direction ends with its own half-close. The downward one mostly sleeps: the
-thread that reads the ssh connection hands to the program what it takes at once. While nothing has come down
-yet, what went up is kept (a startup packet, bounded), so that a refusal by the agent can still be told in
-the program's own protocol.
+Two threads per connection; each direction ends with its own half-close. Both mostly sleep: the thread that
+reads the ssh connection hands to the program what it takes at once, and sends up what is small. While nothing
+has come down yet, what went up is kept (a startup packet, bounded), so that a refusal by the agent can still
+be told in the program's own protocol.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from pam_client.launch import Launch, Refusal
 from pam_common.errors import PamError, RefusedError, TruncatedError, UnavailableError
 from pam_common.frames import PACKET_DATA
 from pam_common.secure_channel import SecureChannel
-from pam_common.stream import Data, SocketStream, Stream
+from pam_common.stream import Data, LendingStream, SocketStream, Stream
 
 #: One read: a few TLS-record-sized messages, and what the channel sends as one full packet.
 CHUNK = PACKET_DATA
+#: What the thread that reads the ssh connection does itself, for which other connections wait; after so many
+#: smaller reads in a row, as to hand the socket to and fro costs more than a few gain.
+INLINE = 8 << 10
+SMALL_READS = 16
 #: More than any protocol's opening request. A program that sends more before it hears anything gets no
 #: refusal in its own form, only a closed connection.
 MAX_SEEN = 16 << 10
@@ -74,6 +78,8 @@ class Carrier:
         self._channel: Stream | None = None
         self._aborted = False
         self._up_ended = False
+        self._small_reads = SMALL_READS  # in a row
+        self._left: bytes | None = None  # what _ready() read and did not send
         self._verdict = threading.Event()  # the downward thread is done; _refusal is final
         # What went up before anything came down; None once it cannot be needed any more.
         self._seen: bytes | None = b""
@@ -173,11 +179,37 @@ class Carrier:
 
     def _from_program(self) -> bytes:
         try:
-            return self._local.recv(CHUNK)
+            if self._small_reads >= SMALL_READS and self._lend():
+                self._small_reads = 0
+                if self._left is not None:
+                    return self._left
+            data = self._local.recv(CHUNK)
         except OSError:
             # It was killed, or does not react to a refusal: its own doing, nothing to report.
             self._aborted = True
             raise
+        self._small_reads = self._small_reads + 1 if len(data) < INLINE else 0
+        return data
+
+    def _lend(self) -> bool:
+        """Have small messages sent up by the thread that reads the ssh connection, once no refusal can come;
+        whether it has done so, until it left something to us."""
+        channel, self._left = self._channel, None
+        refused = self._seen is not None or self._refusal is not None  # or could be; in this order
+        if refused or not isinstance(channel, LendingStream):
+            return False
+        return channel.lend(self._socket.fileno(), lambda: self._ready(channel))
+
+    def _ready(self, channel: LendingStream) -> bool:
+        """Program → channel in the thread that reads the ssh connection; False when there is more to do."""
+        try:
+            data = self._socket.recv(INLINE, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        if data and channel.send_soon(memoryview(data)):
+            return len(data) < INLINE
+        self._left = data
+        return False
 
     def _send_up(self, send: Callable[..., None], *arguments: Data | int) -> None:
         try:

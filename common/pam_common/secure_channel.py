@@ -25,6 +25,8 @@ from pam_common.frames import (
     BATCH_DATA,
     BATCH_FRAMES,
     MAX_CONTROL,
+    MAX_DATA,
+    OVERHEAD,
     PREFIX,
     Frame,
     FrameReader,
@@ -34,7 +36,7 @@ from pam_common.frames import (
 )
 from pam_common.handshake import initiate, respond
 from pam_common.noise import MAX_MESSAGE, HandshakeState, generate_x25519, x25519_public
-from pam_common.stream import ROOM, Data, InPlaceStream, Stream
+from pam_common.stream import ROOM, Data, InPlaceStream, ReservingStream, Stream
 
 __all__ = ["SecureChannel", "deadline", "generate_x25519", "x25519_public"]
 
@@ -94,6 +96,18 @@ class _Turn:
     def __exit__(self, *_error: object) -> None:
         self.lock.release()
 
+    def take(self) -> bool:
+        """The same without waiting: whether it is ours, until :meth:`give`."""
+        if not self.waiting.acquire(blocking=False):
+            return False
+        try:
+            return self.lock.acquire(blocking=False)
+        finally:
+            self.waiting.release()
+
+    def give(self) -> None:
+        self.lock.release()
+
 
 class SecureChannel:
     """An authenticated, encrypted :class:`~pam_common.stream.Stream`, and the owner of the one below it.
@@ -114,6 +128,7 @@ class SecureChannel:
         self._peer_name = peer_name
         self._writer = FrameWriter(sending)
         self._in_place = stream.sendall_in_place if isinstance(stream, InPlaceStream) else None
+        self._reserving = stream if isinstance(stream, ReservingStream) else None
         self._reader = FrameReader(receiving, messages)
         self._turn = _Turn()  # to send
         self._send_ended = False
@@ -303,6 +318,25 @@ class SecureChannel:
             # A turn per batch: a ping or an error need not wait for all of a large write.
             with self._turn:
                 self._transmit(self._writer.data, view[start : start + BATCH_DATA])
+
+    def lend(self, fd: int, ready: Callable[[], bool], /) -> bool:
+        """See :class:`~pam_common.stream.LendingStream`."""
+        return self._reserving is not None and self._reserving.lend(fd, ready)
+
+    def send_soon(self, data: memoryview, /) -> bool:
+        """See :class:`~pam_common.stream.LendingStream`."""
+        stream = self._reserving
+        if stream is None or not self._turn.take():
+            return False
+        try:
+            # In this order: what is sealed must go out.
+            ended = self._failure is not None or self._send_ended
+            if ended or len(data) > MAX_DATA or not stream.reserve_soon(len(data) + OVERHEAD):
+                return False
+            stream.send_reserved(self._writer.data(data))
+            return True
+        finally:
+            self._turn.give()
 
     def shutdown(self, how: int, /) -> None:
         """``SHUT_WR``: tell the peer that this was all. Receiving goes on."""

@@ -60,6 +60,35 @@ class DeliveringStream(Stream, Protocol):
         """
 
 
+@runtime_checkable
+class LendingStream(Stream, Protocol):
+    """A Stream that some other thread reads, which may as well do small things for a socket's own thread."""
+
+    def lend(self, fd: int, ready: Callable[[], bool], /) -> bool:
+        """Sleep, while the thread that brings the stream's bytes calls ``ready`` when ``fd``, a socket, can
+        be read or is at its end. True when ``ready`` returned False or the stream's connection ended; the
+        socket is the caller's own again then. False at once where there is no such thread.
+
+        ``ready`` must not block, and may be called for nothing. What it raises is raised here.
+        """
+
+    def send_soon(self, data: memoryview, /) -> bool:
+        """For ``ready``: send ``data`` without waiting. If False nothing of it was sent, and it is for
+        ``sendall``, in a thread that may wait."""
+
+
+@runtime_checkable
+class ReservingStream(Stream, Protocol):
+    """What a LendingStream needs below it."""
+
+    def lend(self, fd: int, ready: Callable[[], bool], /) -> bool: ...
+
+    def reserve_soon(self, size: int, /) -> bool:
+        """Whether ``size`` bytes can go without waiting. If so, they must: by ``send_reserved``, next."""
+
+    def send_reserved(self, data: memoryview, /) -> None: ...
+
+
 class SocketStream:
     """A connected TCP, UNIX or TLS socket as a :class:`Stream`."""
 

@@ -22,7 +22,7 @@ from pam_agent.protocols.base import Conversation, Event, Interceptor, Opening
 from pam_agent.protocols.postgres import PostgresInterceptor
 from pam_common.errors import PamError
 from pam_common.frames import BATCH_DATA
-from pam_common.stream import DeliveringStream, Stream
+from pam_common.stream import DeliveringStream, LendingStream, Stream
 
 #: As the PostgreSQL interceptor reads, and what it does in the thread that brings the bytes.
 DOWN, UP, INLINE = BATCH_DATA, BATCH_DATA, 8 << 10
@@ -73,6 +73,21 @@ def _up(client: Stream, conversation: Conversation, target: socket.socket) -> No
 
 def _down(client: Stream, conversation: Conversation, target: socket.socket) -> None:
     view = memoryview(bytearray(DOWN))
+    unsent = 0
+
+    def ready() -> bool:
+        nonlocal unsent
+        try:
+            size = target.recv_into(view, INLINE, socket.MSG_DONTWAIT)
+        except OSError:
+            return False
+        if size:
+            conversation.record([{"kind": "down", "bytes": size}])
+            unsent = 0 if client.send_soon(view[:size]) else size
+        return 0 < size < INLINE and not unsent
+
+    if isinstance(client, LendingStream) and client.lend(target.fileno(), ready) and unsent:
+        client.sendall(view[:unsent])
     while size := target.recv_into(view):
         conversation.record([{"kind": "down", "bytes": size}])
         client.sendall(view[:size])

@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lending import LendingSocket
 
 from pam_client import carry, listener
 from pam_client.launch import POSTGRES
 from pam_client.listener import Listener, listen_unix
 from pam_client.refusal import error_response
 from pam_common.errors import PamError, RefusedError, TruncatedError
-from pam_common.stream import Data, SocketStream
+from pam_common.stream import Data
 
 SSL = bytes.fromhex("0000000804d2162f")
 STARTUP = bytes.fromhex("0000000d00030000") + b"user\0"
 
 
-class Channel(SocketStream):
+class Channel(LendingSocket):
     """The near end of a channel; ``error`` is raised where a SecureChannel would learn of it."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -131,6 +132,60 @@ def test_an_end_that_cannot_go_up_does_not_cut_what_comes_down(local: Local) -> 
         local.far[0].sendall(b"last words")
         local.far[0].shutdown(socket.SHUT_WR)
         assert read_all(program) == b"last words"
+    assert local.said == []
+
+
+def test_what_is_small_is_sent_by_the_reading_thread(local: Local, wait_for: Callable[..., None]) -> None:
+    """Once the far side has answered, so that no refusal can come; what is large, by the connection's own."""
+    with local.program() as program:
+        program.sendall(STARTUP)
+        assert local.dialled.acquire(timeout=60)
+        channel, far = local.channels[0], local.far[0]
+
+        def carry_up(data: bytes) -> None:
+            sending = threading.Thread(target=program.sendall, args=(data,))
+            sending.start()
+            got = b""
+            while len(got) < len(data):
+                got += far.recv(len(data) - len(got))
+            assert got == data
+            sending.join()
+
+        assert far.recv(len(STARTUP), socket.MSG_WAITALL) == STARTUP
+        carry_up(b"not yet")
+        assert channel.loans == 0
+        far.sendall(b"welcome")
+        assert program.recv(7, socket.MSG_WAITALL) == b"welcome"
+        carry_up(b"wakes it")  # who waits in recv does not know yet
+        for number in range(3):
+            wait_for(lambda: channel.loans == 1)
+            carry_up(b"query %d" % number)
+        soon = channel.soon
+        assert soon == 3 * len(b"query 0")
+        carry_up(bytes(500_000))
+        assert channel.soon <= soon + carry.INLINE
+        for number in range(carry.SMALL_READS):
+            assert channel.loans == 1
+            carry_up(b"small %02d" % number)
+        wait_for(lambda: channel.loans == 2)
+        program.shutdown(socket.SHUT_WR)
+        assert read_all(far) == b""
+    assert local.said == []
+
+
+def test_a_program_that_is_killed_while_it_is_lent_is_not_the_relays_fault(
+    local: Local, wait_for: Callable[..., None]
+) -> None:
+    with local.program() as program:
+        program.sendall(STARTUP)
+        assert local.dialled.acquire(timeout=60)
+        local.far[0].sendall(b"welcome")
+        assert program.recv(7, socket.MSG_WAITALL) == b"welcome"
+        program.sendall(b"query")
+        wait_for(lambda: local.channels[0].loans)
+        local.far[0].sendall(b"an answer that is not read")
+    local.far[0].shutdown(socket.SHUT_WR)
+    read_all(local.far[0])  # the end comes up
     assert local.said == []
 
 

@@ -21,6 +21,7 @@ from processes import free_port
 from pam_common import fast_ssh, ssh_certs, tokens
 from pam_common.fast_ssh import ChannelStream, Transport
 from pam_common.keys import SigningKey, VerifyKeys, b64decode, new_session_id
+from pam_common.secure_channel import SecureChannel, generate_x25519
 from pam_common.ssh_certs import CertificateKey
 from pam_relay.bundle import Bundle
 from pam_relay.config import Limits, RelayConfig, load
@@ -338,3 +339,28 @@ def join(relay, wait_for) -> Callable[..., tuple[ChannelStream, ChannelStream]]:
             return near, agent.streams[-1]
 
     return Join()
+
+
+@pytest.fixture
+def secure(join) -> Callable[[], tuple[SecureChannel, SecureChannel]]:
+    """Open a channel and shake hands: the client's end and the agent's."""
+
+    def make() -> tuple[SecureChannel, SecureChannel]:
+        near, far = join()
+        accepted: list[SecureChannel] = []
+
+        def accept() -> None:
+            channel, _ = SecureChannel.accept(
+                far, gateway="dc1", static=generate_x25519(), statement=b"statement"
+            )
+            accepted.append(channel)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        channel = SecureChannel.connect(
+            near, gateway="dc1", static=generate_x25519(), check_agent=lambda *_: None, grant=b"grant"
+        )
+        thread.join()
+        return channel, accepted[0]
+
+    return make

@@ -9,41 +9,15 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
 
 import pytest
 
 from pam_common.errors import PamError, ProtocolError, RefusedError, TruncatedError
 from pam_common.fast_ssh import PACKET
 from pam_common.frames import FrameType
-from pam_common.secure_channel import SecureChannel, generate_x25519
+from pam_common.secure_channel import SecureChannel
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def secure(join) -> Callable[[], tuple[SecureChannel, SecureChannel]]:
-    """Open a channel and shake hands: the client's end and the agent's."""
-
-    def make() -> tuple[SecureChannel, SecureChannel]:
-        near, far = join()
-        accepted: list[SecureChannel] = []
-
-        def accept() -> None:
-            channel, _ = SecureChannel.accept(
-                far, gateway="dc1", static=generate_x25519(), statement=b"statement"
-            )
-            accepted.append(channel)
-
-        thread = threading.Thread(target=accept)
-        thread.start()
-        channel = SecureChannel.connect(
-            near, gateway="dc1", static=generate_x25519(), check_agent=lambda *_: None, grant=b"grant"
-        )
-        thread.join()
-        return channel, accepted[0]
-
-    return make
 
 
 class Program:

@@ -61,6 +61,7 @@ def connect(
     UnavailableError; the socket is closed then.
     """
     transport = Transport(sock, name=name)
+    transport.packets.begin_lending()
     try:
         _negotiate(transport, timeout)
         verify_host_certificate(_host_certificate(transport), host_ca, hostname=hostname, now=now())

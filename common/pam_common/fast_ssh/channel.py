@@ -12,7 +12,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import paramiko
 from paramiko.common import (
@@ -29,6 +29,7 @@ from paramiko.common import (
 from pam_common.errors import RefusedError, UnavailableError
 from pam_common.fast_ssh.outgoing import PACKET_HEAD, PACKET_TAIL
 from pam_common.fast_ssh.pieces import Pieces
+from pam_common.fast_ssh.sink import Sink
 from pam_common.stream import ROOM, Data
 
 if TYPE_CHECKING:
@@ -62,23 +63,6 @@ _INT = struct.Struct(">I")
 _NUMBER_AT = 6
 _OPENED = struct.Struct(">III")
 assert max(PACKET_HEAD + _DATA.size, PACKET_TAIL) <= ROOM
-
-
-class Sink(Protocol):
-    """Takes what a channel receives, in the transport's reader thread: nothing here may block."""
-
-    def data(self, data: memoryview) -> None:
-        """Bytes from the peer, where they were read: they are there during the call only. Room for as many is
-        given back by :meth:`ChannelStream.consumed`."""
-
-    def adjusted(self, size: int) -> None:
-        """The peer has room for so many more bytes."""
-
-    def ended(self) -> None:
-        """The peer sent EOF: no more data."""
-
-    def closed(self) -> None:
-        """The peer closed the channel, or the connection is gone. Called once, last of all."""
 
 
 class ChannelStream:
@@ -254,6 +238,26 @@ class ChannelStream:
 
     def _unsendable(self) -> bool:
         return self._close_sent or self._close_received or self.eof_sent or self._lost
+
+    def lend(self, fd: int, ready: Callable[[], bool], /) -> bool:
+        """See :class:`~pam_common.stream.LendingStream`."""
+        return self.packets.lend(fd, ready)
+
+    def reserve_soon(self, size: int, /) -> bool:
+        """Take room for ``size`` bytes that go into one packet; False when one would have to wait for it."""
+        if not self.packets.at_leisure:
+            return False
+        with self._lock:
+            if size > min(self._window, self._packet_out) or self._unsendable():
+                return False
+            self._window -= size
+            return True
+
+    def send_reserved(self, data: memoryview, /) -> None:
+        """Send what room was taken for, before the reader thread waits again."""
+        with self._lock:
+            self.put_data(data)
+        self.packets.flush_before_wait(self.packets)
 
     def shutdown(self, how: int, /) -> None:
         if how != socket.SHUT_WR:
@@ -478,10 +482,8 @@ class ChannelStream:
     # -- passing on ------------------------------------------------------------------------------------
 
     def attach(self, sink: Sink) -> None:
-        """Give ``sink`` what came and was not read yet, in this thread, then all that comes.
-
-        Nobody may be in ``recv``, or call it later.
-        """
+        """Give ``sink`` what came and was not read yet, in this thread, then all that comes. Nobody may be
+        in ``recv``, or call it later."""
         with self._order:
             self._hand_over(sink)
 

@@ -135,6 +135,11 @@ class Outgoing:
                 if not ready:
                     self._release()
 
+    @property
+    def at_leisure(self) -> bool:
+        """Whether what is queued now will go out at once, as far as one can tell."""
+        return not self._unsent and self.queued < BATCH and self._open.is_set()
+
     def crowded(self, share: int) -> bool:
         """Whether one who has queued ``share`` bytes since it was ``emptied`` last is to queue no more data.
 

@@ -30,6 +30,7 @@ from paramiko.packet import NeedRekeyException
 from pam_common.buffer import IDLE, ReadBuffer
 from pam_common.fast_ssh import outgoing
 from pam_common.fast_ssh.cipher import TAG, Key
+from pam_common.fast_ssh.lending import Lending
 from pam_common.fast_ssh.outgoing import Outgoing
 
 #: RFC 4253, 6.1: what every implementation takes; enough for anything before there are keys.
@@ -81,6 +82,8 @@ class Packets(Outgoing):
         #: Takes a packet's type and payload, in the reader thread, or leaves it to paramiko.
         self.divert: Callable[[int, memoryview], bool] = lambda _kind, _payload: False
         self._corked: set[Packets] = set()
+        self._lending: Lending | None = None
+        self._tick_seconds = TICK
         self._sequence_in = 0
         # Liveness, by the reader's clock.
         self._heard = time.monotonic()
@@ -170,8 +173,9 @@ class Packets(Outgoing):
         self._heard = time.monotonic()
         self._interval, self._deadline, self._probe = interval, deadline, probe
         # From here on waking up is for this, and for idle buffers.
+        self._tick_seconds = min(IDLE, max(TICK, interval / 3))
         with contextlib.suppress(OSError):  # closed just now, which its reader will tell
-            set_tick(self._socket, min(IDLE, max(TICK, interval / 3)))
+            set_tick(self._socket, self._tick_seconds)
 
     def _tick(self) -> None:
         """The socket was silent for a moment: is it time for anything?"""
@@ -298,12 +302,11 @@ class Packets(Outgoing):
         if self._start == self._end:
             self._start = self._end = 0
         try:
+            if self._lending is not None and not self._lending.wait(self._tick_seconds):
+                return self._silent()
             count = self._socket.recv_into(self._view[self._end :])
         except (BlockingIOError, TimeoutError):
-            if self._start == self._end:
-                self._memory.release()
-            self._tick()
-            return False
+            return self._silent()
         except OSError:
             if self._closed:
                 raise EOFError from None
@@ -315,6 +318,27 @@ class Packets(Outgoing):
         self._heard = time.monotonic()
         self._check_handshake(self._heard)
         return True
+
+    def _silent(self) -> bool:
+        if self._start == self._end:
+            self._memory.release()
+        self._tick()
+        return False
+
+    # -- the reader thread as a servant of others --------------------------------------------------------
+
+    def begin_lending(self) -> None:
+        """Have :meth:`lend` work; before the reader thread is started."""
+        self._lending = Lending(self._socket, self._uncork)
+
+    def lend(self, fd: int, ready: Callable[[], bool]) -> bool:
+        """See :meth:`Lending.lend`; False where there is none."""
+        return self._lending is not None and self._lending.lend(fd, ready)
+
+    def end_lending(self) -> None:
+        """The reader thread is at its end."""
+        if self._lending is not None:
+            self._lending.close()
 
     def send_message(self, message: Message) -> None:
         """Send one packet. Blocks while the peer is slow or keys are exchanged, but for the reader."""

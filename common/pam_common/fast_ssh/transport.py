@@ -190,6 +190,7 @@ class Transport(paramiko.Transport):
                 self._streams.clear()
             for stream in streams:
                 stream.lost()
+            self.packets.end_lending()
             if self.on_end is not None:
                 self.on_end()
 

@@ -24,6 +24,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from lending import LendingSocket
 from processes import free_port
 
 from pam_agent.protocols.base import Credential, Opening, Target, TlsPolicy
@@ -318,7 +319,7 @@ class Gate:
                 thread.start()
 
     def _serve(self, sock: socket.socket, conversation: LocalConversation) -> None:
-        stream = SocketStream(sock)
+        stream = LendingSocket(sock)
         self.clients.append(stream)
         try:
             self.interceptor.serve(stream, conversation)

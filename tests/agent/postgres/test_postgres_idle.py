@@ -9,7 +9,7 @@ import pytest
 
 from pam_agent import target_tls
 from pam_agent.protocols.base import TlsPolicy
-from pam_agent.protocols.postgres import pump
+from pam_agent.protocols.postgres import downward
 from pam_common.buffer import ReadBuffer
 
 pytestmark = pytest.mark.slow
@@ -41,14 +41,14 @@ def buffers(monkeypatch) -> list[Noting]:
         made.append(Noting(size))
         return made[-1]
 
-    for module in (pump, target_tls):
+    for module in (downward, target_tls):
         monkeypatch.setattr(module, "ReadBuffer", make)
     return made
 
 
 @pytest.mark.parametrize("mode", ["disable", "require"])
 def test_postgres_an_idle_connection_gives_its_buffers_back(pg15, make_gate, monkeypatch, buffers, mode):
-    monkeypatch.setattr(pump, "IDLE", 1.0)
+    monkeypatch.setattr(downward, "IDLE", 1.0)
     gate = make_gate(pg15, tls=TlsPolicy(mode=mode))
     with psycopg.connect(gate.url(), autocommit=True) as connection:
         for _ in range(3):

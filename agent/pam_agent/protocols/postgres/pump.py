@@ -1,34 +1,28 @@
 """Carries the bytes of a connection that is logged in; each side has one writer.
 
-The calling thread carries target → client, so it alone writes to the client and can say last words between
-two messages. ``upward`` carries client → target. Each batch that was read is looked at, its events are
-recorded, then it is sent on whole: a slow reader on one side slows the writer on the other, no queue grows.
+``downward`` carries target → client in the calling thread or on its behalf, so nobody else writes to the
+client and that thread can say last words between two messages. ``upward`` carries client → target. Each batch
+that was read is looked at, its events are recorded, then it is sent on whole: a slow reader on one side slows
+the writer on the other, no queue grows.
 """
 
 from __future__ import annotations
 
 import contextlib
 import socket
-from mmap import mmap
 from typing import Final
 
-from pam_agent.protocols.base import Conversation, TargetProtocolError
+from pam_agent.protocols.base import Conversation
 from pam_agent.protocols.postgres.client_side import ClientSide
-from pam_agent.protocols.postgres.codec import TARGET_KINDS
-from pam_agent.protocols.postgres.framing import COPY_DATA, DATA_ROW, Framer
+from pam_agent.protocols.postgres.downward import Downward
 from pam_agent.protocols.postgres.pipeline import Pipeline
 from pam_agent.protocols.postgres.target_side import TargetSide
 from pam_agent.protocols.postgres.upward import Upward
 from pam_agent.target_tls import TargetStream
-from pam_common.buffer import IDLE, ReadBuffer
-from pam_common.errors import PamError, RefusedError, TruncatedError, UnavailableError
-from pam_common.frames import BATCH_DATA
+from pam_common.errors import PamError, RefusedError, UnavailableError
 from pam_common.secure_channel import deadline
 from pam_common.stream import Stream
 
-#: What one read of the target fills, and is sent on at once. Larger ones gained nothing; memory is touched
-#: only as far as it is filled.
-DOWN_SIZE: Final = BATCH_DATA
 #: For the client to close once it has been told the end, before its stream is aborted.
 CLOSE_SECONDS: Final = 1.0
 
@@ -49,20 +43,21 @@ class Pump:
         sides: tuple[ClientSide, TargetSide],
         name: str,
     ) -> None:
-        self.bytes_down = 0
         self._client = client
         self._target = target
         self._conversation = conversation
         self._pipeline = pipeline
         self._client_side, self._target_side = sides
         self._up = Upward(client, target, conversation, pipeline, self._client_side, name)
-        bulk = frozenset({DATA_ROW, COPY_DATA})
-        self._down = Framer(TARGET_KINDS, bulk, self._target_side, TargetProtocolError)
-        self._client_gone = False
+        self._down = Downward(client, target, conversation, self._target_side)
 
     @property
     def bytes_up(self) -> int:
         return self._up.bytes
+
+    @property
+    def bytes_down(self) -> int:
+        return self._down.bytes
 
     @property
     def at_boundary(self) -> bool:
@@ -76,12 +71,12 @@ class Pump:
         """
         self._up.start(early_up)
         try:
-            self._carry_down(early_down)
+            self._down.carry(early_down)
         except PamError:
             self._explain()  # a better reason, if there is one
             raise
         self._explain()
-        if self._client_gone or self._up.client_gone:
+        if self._down.client_gone or self._up.client_gone:
             return "client gone"
         if self._up.client_done or self._client_side.terminated:
             return "client closed"
@@ -96,7 +91,7 @@ class Pump:
         if not self._up.started:
             return
         # The client reads the end and closes. One that does not within a second is cut off.
-        if not (self._client_gone or self._up.client_gone):
+        if not (self._down.client_gone or self._up.client_gone):
             with contextlib.suppress(OSError, PamError), deadline(self._client, CLOSE_SECONDS):
                 self._client.shutdown(socket.SHUT_WR)
             self._up.ended(CLOSE_SECONDS)
@@ -111,44 +106,3 @@ class Pump:
             raise RefusedError(reason)
         if self._up.failure is not None:
             raise self._up.failure
-
-    def _carry_down(self, early: bytes) -> None:
-        memory = ReadBuffer(DOWN_SIZE)
-        buffer, view = memory.memory, memory.view
-        kept = len(early)
-        buffer[:kept] = early  # a login reads less than a buffer
-        fresh = kept
-        while True:
-            if fresh:
-                kept = self._down_batch(buffer, view, kept)
-                if self._client_gone:
-                    return
-            try:
-                if memory.used and self._target.quiet(IDLE):
-                    memory.release()  # not what is kept: that is a header at most
-                fresh = self._target.recv_into(view[kept:])
-            except OSError:
-                return
-            if not fresh:
-                return
-            kept += fresh
-            memory.note(kept)
-
-    def _down_batch(self, buffer: mmap, view: memoryview, end: int) -> int:
-        """Record and forward ``buffer[:end]``; returns how much stays at its front."""
-        safe = self._down.feed(view, end)
-        events = self._target_side.take_events()
-        if events:
-            self._conversation.record(events)
-        if safe:
-            try:
-                self._client.sendall(view[:safe])
-            except (OSError, TruncatedError):
-                self._client_gone = True
-                return 0
-            self.bytes_down += safe
-            self._conversation.touch()
-        kept = end - safe
-        if kept and safe:
-            buffer.move(0, safe, kept)
-        return kept
