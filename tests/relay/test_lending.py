@@ -14,7 +14,7 @@ import pytest
 
 from pam_common.errors import TruncatedError
 from pam_common.fast_ssh import outgoing
-from pam_common.fast_ssh.lending import Lending
+from pam_common.fast_ssh.lending import MAX_EVENTS, Lending
 from pam_common.frames import MAX_DATA
 from pam_common.secure_channel import SecureChannel, generate_x25519
 
@@ -374,6 +374,35 @@ def test_silence_is_told_after_the_seconds_asked_for(pair) -> None:
     assert lending.wait(60)
     assert len(flushed) == 2
     lending.close()
+
+
+def test_more_sockets_than_a_round_looks_at_are_all_served(pair) -> None:
+    rounds = []
+    lending = Lending(pair[0], lambda: rounds.append(len(served)))
+    served: set[int] = set()
+    others = [socket.socketpair() for _ in range(MAX_EVENTS + 10)]
+    threads = []
+    for sock, far in others:
+        far.sendall(b"x")
+
+        def ready(sock: socket.socket = sock) -> bool:
+            served.add(sock.fileno())
+            return False
+
+        threads.append(threading.Thread(target=lending.lend, args=(sock.fileno(), ready)))
+        threads[-1].start()
+    until = time.monotonic() + 60
+    while len(lending._loans) < len(others):
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    assert not lending.wait(0.05)
+    assert rounds[:3] == [0, MAX_EVENTS, len(others)]
+    for thread in threads:
+        thread.join(60)
+    lending.close()
+    for sock, far in others:
+        sock.close()
+        far.close()
 
 
 def test_closing_gives_everything_back(pair) -> None:
