@@ -38,7 +38,10 @@ class TargetStream(Protocol):
 
     @property
     def pending(self) -> bool:
-        """Whether bytes came that were not given out yet: waiting for the socket would miss them."""
+        """Whether bytes or the end came and were not given out: waiting for the socket would miss them."""
+
+    def release(self) -> None:
+        """Give memory back that reading took, when nothing is pending."""
 
     def recv_into(self, view: memoryview, /) -> int:
         """Read at least one byte into ``view``; 0 at the end."""
@@ -79,6 +82,9 @@ class PlainTarget:
     @property
     def pending(self) -> bool:
         return False
+
+    def release(self) -> None:
+        """There is none."""
 
     def recv_into(self, view: memoryview) -> int:
         return self._socket.recv_into(view)
@@ -126,6 +132,7 @@ class TlsTarget(PlainTarget):
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=server_name)
         self._lock = threading.Lock()
+        self._at_end = False
         self._memory = ReadBuffer(_CHUNK)
         self._handshake()
         self.tls_version = self._tls.version()
@@ -172,21 +179,26 @@ class TlsTarget(PlainTarget):
             self._fill()
 
     def recv_soon(self, view: memoryview) -> int | None:
-        try:
-            while (size := self._decrypt(view)) is None:
+        size = self._decrypt(view)
+        if size is None:
+            # Once: a target could go on and on with records that hold nothing.
+            with contextlib.suppress(BlockingIOError):
                 self._fill(socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return None
+                size = self._decrypt(view)
         return size
 
     @property
     def pending(self) -> bool:
-        return bool(self._incoming.pending or self._tls.pending())
+        with self._lock:
+            return self._at_end or bool(self._incoming.pending or self._tls.pending())
+
+    def release(self) -> None:
+        self._memory.release()
 
     def quiet(self, seconds: float) -> bool:
         if self.pending or not super().quiet(seconds):
             return False
-        self._memory.release()
+        self.release()
         return True
 
     def _decrypt(self, view: memoryview) -> int | None:
@@ -204,10 +216,12 @@ class TlsTarget(PlainTarget):
                 except ssl.SSLWantReadError:
                     return size or None
                 except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                    self._at_end = True  # told by the next call, if data came before it
                     return size
                 except ssl.SSLError as error:
                     raise TargetProtocolError(f"TLS with the target broke: {error.reason}") from None
                 if not got:
+                    self._at_end = True
                     return size
                 size += cast(int, got)  # a count, as a buffer is given
         return size

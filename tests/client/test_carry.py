@@ -135,8 +135,9 @@ def test_an_end_that_cannot_go_up_does_not_cut_what_comes_down(local: Local) -> 
     assert local.said == []
 
 
-def test_what_is_small_is_sent_by_the_reading_thread(local: Local, wait_for: Callable[..., None]) -> None:
-    """Once the far side has answered, so that no refusal can come; what is large, by the connection's own."""
+def test_what_is_small_is_sent_on_loan(local: Local, wait_for: Callable[..., None]) -> None:
+    """To the thread that reads, once the far side has answered, so that no refusal can come; what is large is
+    sent by the connection's own."""
     with local.program() as program:
         program.sendall(STARTUP)
         assert local.dialled.acquire(timeout=60)

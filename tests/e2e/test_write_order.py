@@ -148,21 +148,22 @@ def test_the_checker_finds_a_wrong_order(trace: str, what: str) -> None:
 
 @contextlib.contextmanager
 def killed_at(stack, postgres, connected, tmp_path, which: str, call: str) -> Iterator[Callable[[str], None]]:
-    """A connection whose ``which`` thread (target or relay: whom it sends to) dies when it next enters
-    ``call``. The block gets a function that executes a statement and expects it to fail."""
+    """A connection whose thread dies when it enters ``call`` for what goes to ``which`` next, target or relay.
+    The block gets a function that executes a statement and expects it to fail."""
     where = places(stack, postgres)
     agent = stack.processes["dc1-a"]
     with connected.open() as connection:
         with Strace(agent.pid, tmp_path / "look") as strace:
             ask(connection)
             calls = stopped(strace, where.relay, DOWN, 1)
-        socket, least = (where.target, UP) if which == "target" else (where.relay, DOWN)
-        (send,) = sends(calls, socket, least)
+        (up,), (down,) = sends(calls, where.target, UP), sends(calls, where.relay, DOWN)
+        assert up.thread == down.thread, "both are small, so the thread that reads the tunnel does them"
+        send, count = (up, 1) if which == "target" else (down, 2)  # the target's comes first
         name = "write" if call == "write" else send.name
         # Its own: an earlier session's may not be finished yet.
         (spool,) = stack.folder.glob(f"dc1-a/spool/active/{connected.session()['id']}.*")
         path = str(spool) if call == "write" else ""
-        inject = f"{name}:signal=SIGKILL:when=1"
+        inject = f"{name}:signal=SIGKILL:when={count}"
 
         def execute(sql: str) -> None:
             with pytest.raises(psycopg.Error):

@@ -61,8 +61,8 @@ def connect(
     UnavailableError; the socket is closed then.
     """
     transport = Transport(sock, name=name)
-    transport.packets.begin_lending()
     try:
+        _begin_lending(transport)
         _negotiate(transport, timeout)
         verify_host_certificate(_host_certificate(transport), host_ca, hostname=hostname, now=now())
         _log_in(transport, login)
@@ -71,6 +71,13 @@ def connect(
         raise
     transport.watch()
     return transport
+
+
+def _begin_lending(transport: Transport) -> None:
+    try:
+        transport.packets.begin_lending()
+    except OSError as error:
+        raise UnavailableError(f"the system has no room for one more connection: {error.strerror}") from None
 
 
 def _negotiate(transport: Transport, timeout: float) -> None:

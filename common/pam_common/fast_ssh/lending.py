@@ -11,6 +11,7 @@ wakes once for what many have to say, and what it sends goes out together.
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import threading
@@ -94,7 +95,7 @@ class Lending:
                 return
         except Exception as error:  # noqa: BLE001  for who lent it: this thread carries other people's sessions
             loan.error = error
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):
             del self._loans[fd]
             # Not only unwatched: an end would be told again and again.
             self._epoll.unregister(fd)

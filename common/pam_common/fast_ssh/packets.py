@@ -297,7 +297,7 @@ class Packets(Outgoing):
 
     def _receive(self) -> bool:
         """Read what is there, or return False when nothing came for TICK seconds."""
-        if self._corked:
+        if self._corked and self._lending is None:  # which does it itself, before each wait
             self._uncork()
         if self._start == self._end:
             self._start = self._end = 0

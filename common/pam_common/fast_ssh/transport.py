@@ -188,9 +188,11 @@ class Transport(paramiko.Transport):
                 self._ended = True
                 streams = list(self._streams.values())
                 self._streams.clear()
-            for stream in streams:
-                stream.lost()
-            self.packets.end_lending()
+            try:
+                for stream in streams:
+                    stream.lost()
+            finally:
+                self.packets.end_lending()
             if self.on_end is not None:
                 self.on_end()
 

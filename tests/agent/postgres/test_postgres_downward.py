@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
+import ssl
 import struct
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -14,10 +18,10 @@ from hypothesis import strategies as st
 
 from pam_agent.protocols.base import TargetProtocolError
 from pam_agent.protocols.postgres.codec import message
-from pam_agent.protocols.postgres.downward import INLINE, SMALL_READS, Downward
+from pam_agent.protocols.postgres.downward import INLINE, LONG, SMALL_READS, Downward
 from pam_agent.protocols.postgres.pipeline import Kind, Pipeline, Step
 from pam_agent.protocols.postgres.target_side import TargetSide
-from pam_agent.target_tls import PlainTarget
+from pam_agent.target_tls import PlainTarget, TlsTarget
 from pam_common.errors import PamError, TruncatedError
 
 READY = message(b"Z", b"I")
@@ -93,8 +97,12 @@ class Log:
     def __init__(self) -> None:
         self.events: list = []
         self.fail: Exception | None = None
+        self.busy = 0.0  #: seconds of CPU that it takes
 
     def record(self, events) -> None:
+        end = time.thread_time() + self.busy
+        while time.thread_time() < end:
+            pass
         if self.fail is not None:
             raise self.fail
         self.events += events
@@ -294,16 +302,145 @@ def test_postgres_downward_is_called_for_nothing(way):
     way.far.close()
 
 
+def test_postgres_downward_leaves_what_takes_long_to_its_own_thread(way):
+    """A hostile target can make few bytes costly: others need not wait for each of its batches."""
+    way.start()
+    way.log.busy = 2 * LONG
+    way.far.sendall(answer("one"))
+    way.until(len(answer("one")))
+    way.log.busy = 0.0
+    for number in range(SMALL_READS):
+        way.far.sendall(answer("two"))
+        way.until(len(answer("one")) + (number + 1) * len(answer("two")))
+    assert way.client.soon == len(answer("one"))
+    assert way.client.own == SMALL_READS * len(answer("two"))
+    way.far.close()
+
+
+@pytest.mark.parametrize("fault", ["no message", "disk"])
+@pytest.mark.parametrize("lends", [True, False])
+def test_postgres_downward_knows_that_the_client_has_half_a_message(lends, fault):
+    """Its end was looked at and not sent on: what is told now would be read as a part of it."""
+    made = Way(lends=lends).start()
+    row = answer("x" * 100)
+    made.far.sendall(row[:60])
+    made.until(60)
+    assert not made.down.at_boundary
+    if fault == "disk":
+        made.log.fail = PamError("full")
+    made.far.sendall(row[60:] + (b"\xff\0\0\0\4" if fault == "no message" else b""))
+    made.join()
+    assert isinstance(made.error, PamError)
+    assert made.client.got == row[:60]
+    assert not made.down.at_boundary
+
+
 class Unread(PlainTarget):
     """As TLS: has more than the socket tells of."""
 
     pending = True
 
 
-def test_postgres_downward_lends_no_target_that_has_more(monkeypatch):
+def test_postgres_downward_lends_no_target_that_has_more():
     made = Way(target=Unread).start()
     made.far.sendall(answer("one"))
     made.until(len(answer("one")))
     made.end()
     assert made.client.loans == 0
     assert made.client.got == answer("one")
+
+
+class TlsServer:
+    """The far end of a socket as a TLS server that speaks when it is told to."""
+
+    def __init__(self, sock: socket.socket, authority, tickets: int = 2) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.num_tickets = tickets
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "pem")
+            path.write_text("".join(authority.issue("db.test")))
+            context.load_cert_chain(path)
+        self._sock = sock
+        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._in, self._out, server_side=True)
+        self._thread = threading.Thread(target=self._shake)
+        self._thread.start()
+
+    def _shake(self) -> None:
+        while True:
+            try:
+                self._tls.do_handshake()
+                return
+            except ssl.SSLWantReadError:
+                self._sock.sendall(self._out.read())
+                self._in.write(self._sock.recv(65536))
+
+    def say(self, *words: bytes, ends: bool = False) -> None:
+        """All in one send, what the handshake left to say before it; ``ends`` by close_notify, not of TCP."""
+        self._thread.join(60)
+        for word in words:
+            self._tls.write(word)
+        if ends:
+            with contextlib.suppress(ssl.SSLError):
+                self._tls.unwrap()
+        self._sock.sendall(self._out.read())
+
+
+def tls_target(sock: socket.socket) -> TlsTarget:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return TlsTarget(sock, context, "db.test")
+
+
+@pytest.fixture
+def server(authority):
+    """What the TLS server says next."""
+    made: list[TlsServer] = []
+
+    def start(sock: socket.socket, **how) -> TlsServer:
+        made.append(TlsServer(sock, authority, **how))
+        return made[-1]
+
+    return start
+
+
+@pytest.mark.parametrize("lends", [True, False])
+def test_postgres_downward_hears_of_an_end_of_tls_behind_the_last_words(server, lends):
+    """TCP stays open, so the socket says nothing of it."""
+    talking: list[TlsServer] = []
+
+    def target(sock: socket.socket) -> TlsTarget:
+        talking.append(server(made_far[0]))
+        return tls_target(sock)
+
+    near, far = socket.socketpair()
+    made_far = [far]
+    made = Way(lends=lends, target=lambda _sock: target(near)).start()
+    talking[0].say(answer("last"), ends=True)
+    made.join()
+    assert made.error is None
+    assert made.client.got == answer("last")
+    near.close()
+    far.close()
+
+
+def test_postgres_downward_looks_once_at_records_that_hold_nothing(server):
+    near, far = socket.socketpair()
+    talking = server(far, tickets=1000)
+    target = tls_target(near)
+    threading.Thread(target=talking.say, args=(b"at last",)).start()
+    poll, view, calls = select.poll(), memoryview(bytearray(100)), 0
+    poll.register(near, select.POLLIN)
+    fills = []
+    fill = target._fill
+    target._fill = lambda flags=0: (fills.append(1), fill(flags))
+    got = None
+    while got is None:
+        assert poll.poll(60_000)
+        got = target.recv_soon(view)
+        calls += 1
+        assert len(fills) <= calls
+    assert view[:got] == b"at last"
+    assert calls > 1
+    near.close()
+    far.close()

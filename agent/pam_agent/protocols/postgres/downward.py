@@ -8,6 +8,7 @@ own thread, which goes on by itself until messages are small again. The two neve
 
 from __future__ import annotations
 
+import time
 from typing import Final
 
 from pam_agent.protocols.base import Conversation, TargetProtocolError
@@ -25,6 +26,8 @@ from pam_common.stream import LendingStream, Stream
 DOWN_SIZE: Final = BATCH_DATA
 #: What the reading thread does itself, as in ``upward``.
 INLINE: Final = 8 << 10
+#: Seconds of CPU that one of them may take, for which other sessions wait: else the own thread goes on.
+LONG: Final = 0.005
 #: So many small reads in a row, and messages are small again: to hand the socket to and fro costs more than
 #: what is gained by a few.
 SMALL_READS: Final = 16
@@ -46,6 +49,7 @@ class Downward:
         self._framer = Framer(TARGET_KINDS, frozenset({DATA_ROW, COPY_DATA}), side, TargetProtocolError)
         self._memory = ReadBuffer(DOWN_SIZE)
         self._kept = 0  # bytes at the front of it that were not sent on: less than a header
+        self._whole = True
         # What _ready() left to do; not empty only while our thread is being woken.
         self._unsent = 0
         self._ended = False
@@ -53,7 +57,7 @@ class Downward:
     @property
     def at_boundary(self) -> bool:
         """Whether the client has got whole messages only, so that one more can be understood."""
-        return self._framer.at_boundary
+        return self._whole
 
     def carry(self, early: bytes) -> None:
         """Carry until either side is at its end, beginning with what was read ``early``. Raises PamError."""
@@ -92,6 +96,7 @@ class Downward:
 
     def _count(self, safe: int) -> None:
         self.bytes += safe
+        self._whole = self._framer.at_boundary
         self._conversation.touch()
         self._kept -= safe
         if self._kept:
@@ -115,11 +120,13 @@ class Downward:
         if self._lender is None or self._target.pending:
             return False
         self._memory.release()
+        self._target.release()
         return self._lender.lend(self._target.fileno(), self._ready)
 
     def _ready(self) -> bool:
         """In the thread that reads the ssh connection: carry what is small. False when more is to be done."""
         assert self._lender is not None
+        began = time.thread_time()
         try:
             fresh = self._target.recv_soon(self._memory.view[self._kept : self._kept + INLINE])
         except OSError:
@@ -127,13 +134,14 @@ class Downward:
         if not fresh:
             self._ended = fresh == 0
             return not self._ended
+        self._memory.note(self._kept + fresh)
         safe = self._looked_at(fresh)
         if safe:
             if not self._lender.send_soon(self._memory.view[:safe]):
                 self._unsent = safe
                 return False
             self._count(safe)
-        return fresh < INLINE
+        return fresh < INLINE and not self._target.pending and time.thread_time() - began < LONG
 
     def _finish_ready(self) -> bool:
         """In our own thread again: send what _ready() could not; False when the end has come."""
