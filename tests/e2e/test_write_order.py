@@ -148,7 +148,7 @@ def test_the_checker_finds_a_wrong_order(trace: str, what: str) -> None:
 
 @contextlib.contextmanager
 def killed_at(stack, postgres, connected, tmp_path, which: str, call: str) -> Iterator[Callable[[str], None]]:
-    """A connection whose thread dies when it enters ``call`` for what goes to ``which`` next, target or relay.
+    """A connection whose thread dies when it enters ``call`` for what goes to ``which`` next (target, relay).
     The block gets a function that executes a statement and expects it to fail."""
     where = places(stack, postgres)
     agent = stack.processes["dc1-a"]

@@ -55,8 +55,10 @@ class Lending:
             poll = select.poll()
             poll.register(fd, select.POLLIN)
             try:
-                while poll.poll(60_000) and ready():
-                    pass
+                while True:
+                    assert poll.poll(30_000), "the socket says nothing"
+                    if not ready():
+                        return
             except Exception as raised:  # noqa: BLE001  raised where it was lent
                 error.append(raised)
 
