@@ -49,7 +49,7 @@ class Downward:
         self._framer = Framer(TARGET_KINDS, frozenset({DATA_ROW, COPY_DATA}), side, TargetProtocolError)
         self._memory = ReadBuffer(DOWN_SIZE)
         self._kept = 0  # bytes at the front of it that were not sent on: less than a header
-        self._whole = True
+        self._whole = True  # what the client got ends with a message
         # What _ready() left to do; not empty only while our thread is being woken.
         self._unsent = 0
         self._ended = False
