@@ -41,6 +41,7 @@ class Downward:
     ) -> None:
         self.bytes = 0
         self.client_gone = False
+        self.at_boundary = True  #: the client has got whole messages only, so that one more can be understood
         self._client = client
         self._lender = client if isinstance(client, LendingStream) else None
         self._target = target
@@ -49,15 +50,9 @@ class Downward:
         self._framer = Framer(TARGET_KINDS, frozenset({DATA_ROW, COPY_DATA}), side, TargetProtocolError)
         self._memory = ReadBuffer(DOWN_SIZE)
         self._kept = 0  # bytes at the front of it that were not sent on: less than a header
-        self._whole = True  # what the client got ends with a message
         # What _ready() left to do; not empty only while our thread is being woken.
         self._unsent = 0
         self._ended = False
-
-    @property
-    def at_boundary(self) -> bool:
-        """Whether the client has got whole messages only, so that one more can be understood."""
-        return self._whole
 
     def carry(self, early: bytes) -> None:
         """Carry until either side is at its end, beginning with what was read ``early``. Raises PamError."""
@@ -96,7 +91,7 @@ class Downward:
 
     def _count(self, safe: int) -> None:
         self.bytes += safe
-        self._whole = self._framer.at_boundary
+        self.at_boundary = self._framer.at_boundary
         self._conversation.touch()
         self._kept -= safe
         if self._kept:
