@@ -35,7 +35,7 @@ def test_the_table_of_ratios(folder: Path) -> None:
     assert re.search(r"64 bytes there and back .*\d× +\d.*× +(meets|misses) ≤ 1.1×", printed)
     results = json.loads((folder / "results.json").read_text())
     values = results["measures"]["ways"]["64 bytes there and back"]["values"]
-    assert values.keys() == {"direct", "tunnel", "chain"}
+    assert values.keys() == {"direct", "tunnel", "bare", "chain"}
     assert all(value > 0 for (value,) in values.values())
     assert results["cpu"].keys() >= {"chain: client", "chain: relay", "chain: agent"}
 

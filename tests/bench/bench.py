@@ -1,5 +1,6 @@
 """`make bench`: direct, an OpenSSH double tunnel (aes128-gcm) and the chain, interleaved in one run.
 
+`bare` are three processes in Python that only receive, encrypt and send: what no chain of them can beat.
 Absolute times are noise on a shared machine; the ratios are what to read. Exit code 0 unless something
 failed: a missed aim is a verdict, not an error. Results: tables on stdout, all values in a JSON file.
 
@@ -95,7 +96,7 @@ def compare(bench: Bench, options: argparse.Namespace) -> None:
     cpu = measures.cpu(bench.ways[1:], bench.server, options.seconds, copy)
     idle = measures.idle_memory(bench.ways[1:])
     print(f"\nmedians of {options.runs} interleaved runs [extremes]; chain: encrypted and recorded\n")
-    report.table(rows, [way.name for way in bench.ways], ["direct", "tunnel"])
+    report.table(rows, [way.name for way in bench.ways], ["direct", "tunnel", "bare"])
     print("\nwhat recording costs\n")
     report.table(costs, [way.name for way in recording], ["unrecorded", "rowless"])
     print("\nconnect to first row, ms: " + ", ".join(f"{name} {ms:.1f}" for name, ms in phases.items()))

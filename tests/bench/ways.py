@@ -1,4 +1,4 @@
-"""The three ways to one database and one echo server: direct, an OpenSSH double tunnel, the chain."""
+"""The ways to one database and one echo server: direct, an OpenSSH double tunnel, a bare chain, the chain."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ STARTUP = struct.pack("!II", 15, 196608) + b"user\0x\0"
 #: What the echo server is asked for: ``e`` echo, ``d`` send and ``u`` take so many bytes.
 ORDER = struct.Struct("!cQ")
 BLOCK = bytes(1 << 18)
+#: How often a byte is encrypted or decrypted: for ssh and end to end, in the agent for the recording as well.
+PASSES = {"agent": 3, "relay": 2, "client": 2}
 
 
 @dataclass
@@ -77,6 +79,7 @@ def running(folder: Path, scale: int, profile: str = "") -> Iterator[Bench]:
         account = f"user=demo_db_rw password={password}"
         ways = [Way("direct", f"{LOCAL} port={server.port} {account}", echo)]
         ways.append(cleanup.enter_context(_tunnel(folder, server, echo, account)))
+        ways.append(cleanup.enter_context(_bare(folder, server, echo, account)))
         ways.append(cleanup.enter_context(_chain(stack, folder)))
         alice = stack.person("alice")
         others = [
@@ -110,6 +113,27 @@ def _tunnel(folder: Path, server: PostgresServer, echo: int, account: str) -> It
             cleanup.callback(rivals[-1].stop)
         conninfo = f"{LOCAL} port={rivals[0].port} {account}"
         yield Way("tunnel", conninfo, rivals[1].port, dict(rivals[0].processes))
+
+
+@contextlib.contextmanager
+def _bare(folder: Path, server: PostgresServer, echo: int, account: str) -> Iterator[Way]:
+    """What three processes in Python take that do nothing but receive, encrypt and send (`bare.py`)."""
+    with contextlib.ExitStack() as cleanup:
+        port, processes = _hops(folder, server.port, cleanup)
+        echo, _ = _hops(folder, echo, cleanup)
+        yield Way("bare", f"{LOCAL} port={port} {account}", echo, processes)
+
+
+def _hops(folder: Path, target: int, cleanup: contextlib.ExitStack) -> tuple[int, dict[str, Process]]:
+    processes = {}
+    for name, passes in PASSES.items():
+        port = free_port()
+        command = [sys.executable, BENCH / "bare.py", str(port), str(target), str(passes)]
+        processes[name] = Process(f"bare {name}", command, folder / f"bare-{port}.log")
+        cleanup.callback(processes[name].stop)
+        processes[name].ready_when(lambda port=port: listens(port))
+        target = port
+    return target, processes
 
 
 @contextlib.contextmanager
