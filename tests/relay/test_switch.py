@@ -105,7 +105,10 @@ def test_what_comes_alone_or_is_large_is_passed_on_at_once(
     relay, join, wait_for, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near, far = join()
-    packets, passed = relay_side(relay, join.agent.transport).packets, []
+    # What comes before the relay has joined the two channels is kept, and queued then.
+    ends = [relay_side(relay, peer) for peer in (join.client, join.agent.transport)]
+    wait_for(lambda: all(stream._sink for end in ends for stream in end._streams.values()))
+    packets, passed = ends[1].packets, []
     pass_on = packets.pass_on
     monkeypatch.setattr(packets, "pass_on", lambda packet: passed.append(pass_on(packet)) or passed[-1])
     near.sendall(b"alone")
