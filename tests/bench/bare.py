@@ -1,4 +1,4 @@
-"""The least that a chain in Python costs: three processes that receive, encrypt and send, and no more.
+"""About the least that a chain in Python costs: three processes that receive, encrypt and send, and no more.
 
     python tests/bench/bare.py PORT TARGET PASSES
 
